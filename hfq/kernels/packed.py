@@ -1,0 +1,102 @@
+"""Packed weights and what a backend makes of them at load time.
+
+``PackedWeight`` is the canonical form (what a checkpoint holds). ``Runtime`` is the form one backend computes from; it
+replaces the canonical tensor in memory and gives it back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from hfq.errors import CheckpointError
+from hfq.formats import QuantSpec
+from hfq.formats.bitpack import packed_bytes
+
+__all__ = ["PackedWeight", "Runtime"]
+
+
+@dataclass
+class PackedWeight:
+    """A weight matrix ``[out_features, in_features]`` in the canonical packing of :mod:`hfq.formats.bitpack`.
+
+    Attributes:
+        qweight: uint8 ``[out_features, packed_bytes(in_features, bits)]``.
+        scale: ``[out_features, groups]``, or ``[1, 1]`` for one scale per tensor.
+        zero_point: same shape, uint8 or the scale's dtype; ``None`` for a symmetric grid.
+        spec: the grid.
+        name: qualified name of the layer, for messages only.
+    """
+
+    qweight: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    spec: QuantSpec
+    in_features: int
+    out_features: int
+    name: str = ""
+
+    def check(self) -> None:
+        """Raise :class:`~hfq.errors.CheckpointError` unless the tensors have the shapes that ``spec`` asks for."""
+        where = f" of {self.name}" if self.name else ""
+        want = (self.out_features, packed_bytes(self.in_features, self.spec.bits))
+        if self.qweight.dtype != torch.uint8 or tuple(self.qweight.shape) != want:
+            found = f"{self.qweight.dtype} {tuple(self.qweight.shape)}"
+            raise CheckpointError(f"qweight{where} is {found}; torch.uint8 {want} is needed")
+        shape = self.spec.parameter_shape(self.out_features, self.in_features)
+        for label, tensor in (("scale", self.scale), ("zero_point", self.zero_point)):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise CheckpointError(f"{label}{where} has shape {tuple(tensor.shape)}; {shape} is needed")
+        if (self.zero_point is None) != self.spec.symmetric:
+            state = "missing" if self.zero_point is None else "unexpected"
+            raise CheckpointError(f"zero_point{where} is {state} for {self.spec}")
+
+
+@dataclass(eq=False)
+class Runtime:
+    """One weight in the layout of one backend. Made by :func:`hfq.kernels.prepare`, never saved.
+
+    Attributes:
+        layout: name of the layout (a key of :data:`hfq.kernels.layouts.LAYOUTS`).
+        tensors: what the backend reads, by name. ``scale`` and ``zero_point`` are the canonical ones, shared.
+        spec, in_features, out_features, name: as in :class:`PackedWeight`.
+        dtype: activation dtype the layout was made for.
+        nbytes: bytes of all tensors, including the shared scales and zero points.
+        bytes_note: where these bytes differ from the canonical form, and why.
+    """
+
+    layout: str
+    tensors: dict[str, torch.Tensor]
+    spec: QuantSpec
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    bytes_note: str = ""
+    name: str = ""
+    _run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() if t.is_contiguous() else t.nbytes for t in self.tensors.values())
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self.tensors["scale"]
+
+    @property
+    def zero_point(self) -> torch.Tensor | None:
+        return self.tensors.get("zero_point")
+
+    def canonical(self) -> torch.Tensor:
+        """The canonical ``qweight`` ``[out_features, bytes]``, bit for bit what :func:`prepare` was given."""
+        from hfq.kernels.layouts import LAYOUTS
+
+        return LAYOUTS[self.layout].canonical(self)
+
+    def packed(self) -> PackedWeight:
+        """The canonical form."""
+        return PackedWeight(
+            self.canonical(), self.scale, self.zero_point, self.spec, self.in_features, self.out_features, self.name
+        )
