@@ -7,7 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 __all__ = ["accepts", "allowed", "did_you_mean", "in_range", "type_hints"]
@@ -15,7 +15,7 @@ __all__ = ["accepts", "allowed", "did_you_mean", "in_range", "type_hints"]
 _NAMES = {bool: "True or False", int: "an integer", float: "a finite number", str: "a string", type(None): "None"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def type_hints(cls: type) -> dict[str, Any]:
     """Resolved annotations of a class and its bases."""
     return typing.get_type_hints(cls)

@@ -11,6 +11,7 @@ import importlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import Field, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 # What a checkpoint records besides the fields of its Config class.
 _RECORDS = ("format_version", "hfq_version", "manifest", "summary")
 # Keys that the loading libraries, or the Hub's tools, add to a saved quantization config.
-_LOADER_KEYS = frozenset({"_load_in_4bit", "_load_in_8bit", "load_in_4bit", "load_in_8bit", "run_compressed", "_class_name"})
+_LOADER_KEYS = frozenset({"_load_in_4bit", "_load_in_8bit", "load_in_4bit", "load_in_8bit", "run_compressed"})
 _SPEC_FIELDS = ("bits", "group_size", "symmetric", "zero_point", "scale_dtype")
 
 
@@ -135,7 +136,7 @@ class HfqConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         slug = type(self).method
         if not slug:
-            raise ConfigError("HfqConfig needs method=...: hfq.methods() lists the methods; or use a method's own class")
+            raise ConfigError("HfqConfig needs method=... (hfq.methods() lists them); or use a method's own class")
         if self.method not in ("", slug):
             raise ConfigError(f"{type(self).__name__} is the config of {slug!r}, not of method={self.method!r}")
         self.method = slug
@@ -166,9 +167,11 @@ class HfqConfig(QuantizationConfigMixin):
         if isinstance(self.modules_to_not_convert, Sequence):
             self.modules_to_not_convert = list(self.modules_to_not_convert)
         if self.activation_bits != 16 and not self.supports_activation_bits:
-            raise ConfigError(f"activation_bits={self.activation_bits}: {self.method} quantizes weights only (16 is allowed)")
+            value = f"activation_bits={self.activation_bits}"
+            raise ConfigError(f"{value}: {self.method} quantizes weights only (16 is allowed)")
         if self.kv_bits != 16 and not self.supports_kv_bits:
-            raise ConfigError(f"kv_bits={self.kv_bits}: {self.method} does not quantize the key-value cache (16 is allowed)")
+            value = f"kv_bits={self.kv_bits}"
+            raise ConfigError(f"{value}: {self.method} does not quantize the key-value cache (16 is allowed)")
         self._check_overrides(hints)
         self.spec_for("")
         self.check()
@@ -238,6 +241,26 @@ class HfqConfig(QuantizationConfigMixin):
 
     # -- private run options ------------------------------------------------------------------------------------
 
+    def plan(self, model: Any) -> Any:
+        """``graph.read`` of ``model`` with this config's skip rule: the sites that are asked for."""
+        from hfq import graph
+
+        return graph.read(model, skip=self.skip, include=self.named)
+
+    def placement(self, module: Any) -> AbstractContextManager[Any]:
+        """Context in which ``module`` is materialised on its device, wherever it is kept (used by recipes)."""
+        place = getattr(self._environment, "placement", None)
+        return nullcontext(module) if place is None else place(module)
+
+    def walk_options(self) -> dict[str, Any]:
+        """Arguments of ``calibration.walk`` that come from above: placement, progress bar, progress folder."""
+        environment = self._environment
+        return {
+            "placement": getattr(environment, "placement", None),
+            "progress": getattr(environment, "progress", None) if self.progress else None,
+            "progress_dir": self.work_dir,
+        }
+
     @property
     def data(self) -> Any:
         """The calibration data as given (object, path or Hub id), or ``None``."""
@@ -278,9 +301,9 @@ class HfqConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
     def __repr__(self) -> str:
-        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)
-                   if f.repr and f.name != "method" and f.default != getattr(self, f.name) and getattr(self, f.name) != {}]
-        return f"{type(self).__name__}({', '.join(changed)})"
+        shown = {f.name: getattr(self, f.name) for f in fields(self)
+                 if f.repr and f.name != "method" and getattr(self, f.name) not in (f.default, {})}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -304,7 +327,7 @@ class HfqConfig(QuantizationConfigMixin):
         from hfq import __version__
 
         writer = saved.get("hfq_version")
-        newer = f"written by a newer hfq ({writer or 'version not recorded'}), this is {__version__}: pip install -U hfq"
+        newer = f"written by a newer hfq ({writer or 'not recorded'}), this is {__version__}: pip install -U hfq"
         if str(saved.get("quant_method", QUANT_METHOD)) != QUANT_METHOD:
             raise ConfigError(f"quant_method={saved['quant_method']!r}: this is not an hfq model")
         version = saved.get("format_version", FORMAT_VERSION)

@@ -118,7 +118,7 @@ def find(slug: str) -> Method:
         raise ConfigError(f"method {slug!r} is not known to hfq {_version()}: a newer version of hfq may have it{hint}")
     if not method.available:
         raise ConfigError(
-            f"method {slug!r} ({method.title}) is planned and not part of hfq {_version()}: a newer version of hfq is needed"
+            f"method {slug!r} ({method.title}) is planned and not part of hfq {_version()}: a newer version is needed"
         )
     return method
 

@@ -1,0 +1,254 @@
+"""Quantize a model that is in memory, say what runs, and give the float model back.
+
+This layer knows nothing of the Hugging Face libraries. What it needs from them (where a block is kept, how a tokenizer
+is found, how a model is marked as quantized) is an :class:`Environment`, which ``hfq.integrations`` installs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfq import methods as methods_table
+from hfq.config import HfqConfig
+from hfq.errors import ConfigError, QuantizationError
+from hfq.memory import PeakMemory
+from hfq.report import Report
+
+__all__ = ["Environment", "dequantize", "environment", "explain", "install", "methods", "quantize"]
+
+
+@dataclass
+class Environment:
+    """What the layers below need from the libraries above; every entry is optional.
+
+    Attributes:
+        placement: ``placement(module)`` is a context in which the module's tensors are in memory on their device.
+        load_processor: ``load_processor(model, config)`` gives a tokenizer or processor, or ``None``.
+        load_hub: ``load_hub(name, ...)`` gives the rows of a data set that is named by a string.
+        progress: ``progress(iterable, total, description)`` shows a progress bar.
+        attach: ``attach(model, config)`` marks a live model as quantized, so that its library can save it.
+        detach: ``detach(model)`` undoes ``attach``.
+        is_packed: ``is_packed(model)`` says whether a model is already quantized, by anyone.
+    """
+
+    placement: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
+    load_processor: Callable[[nn.Module, HfqConfig], Any] | None = None
+    load_hub: Callable[..., Iterable[Any]] | None = None
+    progress: Callable[..., Iterable[Any]] | None = None
+    attach: Callable[[nn.Module, HfqConfig], None] | None = None
+    detach: Callable[[nn.Module], None] | None = None
+    is_packed: Callable[[nn.Module], str | None] | None = None
+
+
+_ENVIRONMENT = Environment()
+
+
+def install(new: Environment) -> None:
+    """Make ``new`` the environment of every later call."""
+    global _ENVIRONMENT
+    _ENVIRONMENT = new
+
+
+def environment() -> Environment:
+    """The environment in use."""
+    return _ENVIRONMENT
+
+
+def quantize(model: nn.Module, config: HfqConfig, data: Any = None) -> Report:
+    """Quantize ``model`` in place, and mark it so that ``save_pretrained`` writes the packed checkpoint.
+
+    Args:
+        model: a float model; its blocks may be offloaded by accelerate.
+        config: the method's config; its ``manifest`` and ``summary`` are filled in.
+        data: calibration data; ``None`` takes ``config.calibration``.
+
+    Returns:
+        The report, also kept as ``model.hfq_report``.
+
+    Raises:
+        ConfigError: the config does not fit the model, or the model is quantized already.
+        DataError: the method needs data and it is missing, too short, or of the wrong form.
+        QuantizationError: a module could not be done and ``allow_partial`` is off. The model is then partly
+            quantized: load it again before another try.
+    """
+    config.validate()
+    _check_model(model, config)
+    config._environment = _ENVIRONMENT
+    started, memory = time.perf_counter(), PeakMemory()
+    with memory, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        asked = _asked_sites(model, config)
+        batches = _batches(model, config, config.data if data is None else data)
+        report = Report(method=config.method)
+        for name, reason in asked.skipped.items():
+            report.leave(name, reason)
+        methods_table.recipe(config.method)(model, batches, config, report)
+    _check_report(report, asked.names, config)
+    _finish(model, config, report)
+    report.totals |= {
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_memory_bytes": memory.peak,
+        "bits_per_weight": report.bits_per_weight(),
+        "packed_bytes": _packed_bytes(model, report),
+        "model_bytes": sum(t.nbytes for t in {*model.parameters(), *model.buffers()}),
+        "seed": config.seed,
+        "data": getattr(batches, "descriptor", None),
+        "versions": _versions(),
+    }
+    _record(model, config, report)
+    return report
+
+
+def explain(model: nn.Module) -> dict[str, Any]:
+    """Which kernel serves each packed layer on its device, and why the others were passed over."""
+    from hfq.kernels import explain as explain_layer
+    from hfq.layers import swap
+
+    packed = swap.packed_modules(model)
+    if not packed:
+        raise ConfigError(f"{type(model).__name__} has no packed layers: there is nothing to explain")
+    return {name: explain_layer(module, 1) for name, module in packed.items()}
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every packed layer by its float module, in place, and unmark the model."""
+    from hfq.layers import swap
+
+    if not swap.packed_modules(model):
+        raise ConfigError(f"{type(model).__name__} has no packed layers: there is nothing to dequantize")
+    swap.dequantize_modules(model, dtype)
+    if _ENVIRONMENT.detach is not None:
+        _ENVIRONMENT.detach(model)
+    return model
+
+
+def methods() -> dict[str, methods_table.Method]:
+    """The table of methods: slug to row (config class, paper, domain, status)."""
+    return dict(methods_table.METHODS)
+
+
+@dataclass
+class _Asked:
+    names: list[str]
+    skipped: dict[str, str]
+
+
+def _check_model(model: nn.Module, config: HfqConfig) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model is {type(model).__name__}, a torch.nn.Module is needed")
+    packed = _ENVIRONMENT.is_packed(model) if _ENVIRONMENT.is_packed is not None else None
+    if packed:
+        raise ConfigError(f"{type(model).__name__} is already quantized ({packed}): load the float model first")
+    if config.dequantize:
+        raise ConfigError("dequantize=True gives a packed checkpoint back as floats: it cannot be used to quantize")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if tensor.is_meta and not hasattr(parent, "_hf_hook"):
+            raise ConfigError(f"{name} is on the meta device and has no data: load the weights first")
+
+
+def _asked_sites(model: nn.Module, config: HfqConfig) -> _Asked:
+    plan = config.plan(model)
+    sites = [site for block in plan.blocks for site in block.sites] + list(plan.outside)
+    for pattern in config.overrides:
+        if not any(config_matches(pattern, name) for name, _ in model.named_modules()):
+            raise ConfigError(f"overrides[{pattern!r}] matches no module of {type(model).__name__}")
+    if not sites and config.bits != 16:
+        raise ConfigError(f"{type(model).__name__} has no layer that {config.method} could quantize")
+    if sites and config.group_size > max(site.in_features for site in sites):
+        widest = max(site.in_features for site in sites)
+        raise ConfigError(f"group_size={config.group_size} fits no layer: the widest has {widest} inputs")
+    return _Asked([site.name for site in sites], dict(plan.skipped))
+
+
+def config_matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of ``overrides`` names the module."""
+    from fnmatch import fnmatchcase
+
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def _batches(model: nn.Module, config: HfqConfig, data: Any) -> Any:
+    from hfq.errors import DataError
+
+    if data is None:
+        if config.needs_calibration:
+            raise DataError(
+                f"{config.method} needs calibration data: pass data=... to hfq.quantize or calibration=... to the config"
+            )
+        return None
+    from hfq.calibration import data as data_module
+
+    def processor() -> Any:
+        if config._processor is not None and not isinstance(config._processor, str):
+            return config._processor
+        load = _ENVIRONMENT.load_processor
+        return None if load is None else load(model, config)
+
+    return data_module.normalise(
+        data, processor=processor, samples=config.calibration_samples, seqlen=config.calibration_seqlen,
+        batch_size=config.calibration_batch_size, seed=config.seed, text_column=config.text_column,
+        load_hub=_ENVIRONMENT.load_hub,
+    )
+
+
+def _check_report(report: Report, asked: list[str], config: HfqConfig) -> None:
+    for name in asked:
+        if name not in report.rows:
+            report.refuse(name, f"the method {config.method} left it out without a reason")
+    if report.refused and not config.allow_partial:
+        lines = "; ".join(f"{row.module}: {row.reason}" for row in report.refused[:5])
+        more = f" (and {len(report.refused) - 5} more)" if len(report.refused) > 5 else ""
+        raise QuantizationError(
+            f"{config.method} could not do {len(report.refused)} of {len(asked)} modules: {lines}{more}. "
+            "Skip them with modules_to_not_convert, or accept it with allow_partial=True"
+        )
+
+
+def _finish(model: nn.Module, config: HfqConfig, report: Report) -> None:
+    from hfq.layers import swap
+
+    if any(row.status == "packed" for row in report):
+        config.manifest = swap.describe(model)
+        swap.freeze(model)
+        swap.prepare(model)
+
+
+def _record(model: nn.Module, config: HfqConfig, report: Report) -> None:
+    """Put the outcome where saving finds it."""
+    totals = report.totals
+    counts = {status: sum(row.status == status for row in report) for status in ("packed", "float", "refused")}
+    config.summary = {
+        **counts, "bits_per_weight": totals["bits_per_weight"], "seconds": totals["seconds"],
+        "peak_memory_bytes": totals["peak_memory_bytes"], "packed_bytes": totals["packed_bytes"],
+        "data": totals["data"], "versions": totals["versions"],
+    }
+    model.hfq_report = report
+    config._environment = None
+    if _ENVIRONMENT.attach is not None:
+        _ENVIRONMENT.attach(model, config)
+
+
+def _packed_bytes(model: nn.Module, report: Report) -> int:
+    return round(sum(row.bits * row.numel for row in report.packed if row.bits) / 8)
+
+
+def _versions() -> dict[str, str]:
+    from hfq import __version__
+
+    found = {"hfq": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "diffusers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
