@@ -14,15 +14,22 @@ class Descent:
 
     Args:
         original: ``[K, rows]`` the transposed float weight.
-        hessian: ``[K, K]`` undamped; ``damp`` is added to its diagonal, so that inputs which calibration hardly saw keep
-            their weight near the original.
+        hessian: ``[K, K]`` undamped; ``damp`` is added to its diagonal, so that inputs which calibration hardly saw
+            keep their weight near the original.
         dead: ``[K]`` bool; these columns stay zero.
         codes: uint8 ``[K, rows]``, with ``scale`` and ``zero`` of ``spec.parameter_shape(rows, K)``.
     """
 
     def __init__(
-        self, original: torch.Tensor, hessian: torch.Tensor, damp: float, dead: torch.Tensor, spec: QuantSpec,
-        codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None,
+        self,
+        original: torch.Tensor,
+        hessian: torch.Tensor,
+        damp: float,
+        dead: torch.Tensor,
+        spec: QuantSpec,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
     ) -> None:
         self.spec, self.dtype = spec, original.dtype
         self.k, self.rows = original.shape

@@ -80,18 +80,20 @@ def factorise(
         h = h[order][:, order]
     # H + damp I = R R^T with R upper triangular (a Cholesky factor read backwards), so U = R^-1.
     h = h.flip(0, 1)
-    for tries in range(1, max_tries + 1):
+    tries = 0
+    while True:
+        tries += 1
         h.diagonal().add_(damp)
         lower, info = torch.linalg.cholesky_ex(h)
         if int(info) == 0 and bool(torch.isfinite(lower).all()):
             break
         if damp == 0:
             raise QuantizationError(f"the Hessian{where} is singular and percdamp=0: use a positive percdamp")
-    else:
-        raise QuantizationError(
-            f"the Hessian{where} is not positive definite after adding {percdamp} of its mean diagonal {max_tries} times: "
-            "use more calibration data or a larger percdamp"
-        )
+        if tries == max_tries:
+            raise QuantizationError(
+                f"the Hessian{where} is not positive definite after adding {percdamp} of its mean diagonal "
+                f"{max_tries} times: use more calibration data or a larger percdamp"
+            )
     eye = torch.eye(h.shape[0], dtype=dtype, device=h.device)
     upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
     return Factor(upper, kept, dead, order, damp * tries, tries)
@@ -137,9 +139,21 @@ def solve(
         QuantizationError: the Hessian cannot be factorised, or something is not finite.
     """
     return solve_many(
-        [weight], hessian, spec, clip=clip, norm=norm, grid=grid, max_shrink=max_shrink, weigh_clip=weigh_clip,
-        percdamp=percdamp, block_size=block_size, act_order=act_order, static_groups=static_groups, refine=refine,
-        dtype=dtype, name=name,
+        [weight],
+        hessian,
+        spec,
+        clip=clip,
+        norm=norm,
+        grid=grid,
+        max_shrink=max_shrink,
+        weigh_clip=weigh_clip,
+        percdamp=percdamp,
+        block_size=block_size,
+        act_order=act_order,
+        static_groups=static_groups,
+        refine=refine,
+        dtype=dtype,
+        name=name,
     )[0]
 
 
@@ -163,10 +177,12 @@ def solve_many(
 ) -> list[tuple[Codes, dict[str, Any]]]:
     """:func:`solve` for several matrices ``[rows_i, K]`` that read the same input, in one pass over the columns.
 
-    Rows do not influence each other, so the result is that of separate calls up to rounding. ``spec`` may not be per tensor
-    when there is more than one matrix.
+    Rows do not influence each other, so the result is that of separate calls up to rounding. ``spec`` may not be
+    per tensor when there is more than one matrix.
     """
-    factor = hessian if isinstance(hessian, Factor) else factorise(hessian, percdamp=percdamp, act_order=act_order, name=name)
+    factor = hessian
+    if not isinstance(factor, Factor):
+        factor = factorise(factor, percdamp=percdamp, act_order=act_order, name=name)
     _check(weights, factor, spec, static_groups, name)
     rows = [weight.shape[0] for weight in weights]
     original = torch.cat([weight.detach().to(dtype) for weight in weights]).t().contiguous()
@@ -183,8 +199,13 @@ def solve_many(
 
 
 def _split(
-    original: torch.Tensor, factor: Factor, spec: QuantSpec, codes: torch.Tensor, scale: torch.Tensor,
-    zero: torch.Tensor | None, rows: list[int],
+    original: torch.Tensor,
+    factor: Factor,
+    spec: QuantSpec,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    rows: list[int],
 ) -> list[tuple[Codes, dict[str, Any]]]:
     h = factor.hessian.to(original.dtype)
     codes = codes.t().contiguous()
@@ -198,8 +219,11 @@ def _split(
         own = slice(None) if spec.group_size == PER_TENSOR else part
         lost, whole = float(loss[part].sum()), float(size[part].sum())
         stats = {
-            "loss": lost, "relative_loss": lost / whole if whole > 0 else 0.0,
-            "damping_tries": factor.damping_tries, "damp": factor.damp, "dead_columns": int(factor.dead.sum()),
+            "loss": lost,
+            "relative_loss": lost / whole if whole > 0 else 0.0,
+            "damping_tries": factor.damping_tries,
+            "damp": factor.damp,
+            "dead_columns": int(factor.dead.sum()),
         }
         own_zero = None if zero is None else zero[own].clone()
         results.append((Codes(codes[part].clone(), scale[own].clone(), own_zero, spec), stats))
@@ -215,7 +239,8 @@ def _check(weights: Sequence[torch.Tensor], factor: Factor, spec: QuantSpec, sta
             raise ConfigError(f"{where}weight {tuple(weight.shape)} does not fit a Hessian of {k} inputs")
     if factor.order is not None and spec.groups(k) > 1 and not static_groups:
         raise ConfigError(
-            f"{where}act_order=True with group_size={spec.group_size} reorders columns across groups: set static_groups=True"
+            f"{where}act_order=True with group_size={spec.group_size} reorders columns across groups: "
+            "set static_groups=True"
         )
     if spec.group_size == PER_TENSOR and len(weights) > 1:
         raise ConfigError(f"{where}one scale per tensor: solve the matrices one by one")
@@ -225,7 +250,12 @@ class _Columns:
     """One pass over the columns. All tensors are transposed: ``[K, rows]``, parameters ``[groups, rows]``."""
 
     def __init__(
-        self, original: torch.Tensor, factor: Factor, spec: QuantSpec, options: dict[str, Any], weigh_clip: bool,
+        self,
+        original: torch.Tensor,
+        factor: Factor,
+        spec: QuantSpec,
+        options: dict[str, Any],
+        weigh_clip: bool,
         static_groups: bool,
     ) -> None:
         self.spec, self.options, self.factor = spec, options, factor
@@ -259,7 +289,8 @@ class _Columns:
                     if j + 1 < last:
                         self.w[j + 1 : last].addr_(self.upper[j, j + 1 : last], error, alpha=-1)
                 if last < stop:
-                    self.w[last:stop].addmm_(self.upper[first:last, last:stop].t(), errors[first - start : last - start], alpha=-1)
+                    done = errors[first - start : last - start]
+                    self.w[last:stop].addmm_(self.upper[first:last, last:stop].t(), done, alpha=-1)
             if stop < self.k:
                 self.w[stop:].addmm_(self.upper[start:stop, stop:].t(), errors, alpha=-1)
 

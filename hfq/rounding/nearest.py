@@ -58,9 +58,9 @@ def grid_of(
 
     Args:
         clip: ``"none"`` covers minimum and maximum. ``"mse"`` shrinks both ends by ``1 - i/grid`` for
-            ``i = 0 .. max_shrink * grid - 1`` and keeps the least ``sum |w - Q(w)|**norm``. ``"mse2d"`` tries every zero
-            point with every range width (symmetric grids: the same as ``"mse"``; above 4 bits the zero points are
-            thinned to 16 a range). ``"percentile"`` covers the central ``2 * share - 1`` of the elements.
+            ``i = 0 .. max_shrink * grid - 1`` and keeps the least ``sum |w - Q(w)|**norm``. ``"mse2d"`` tries every
+            zero point with every range width (symmetric grids: the same as ``"mse"``; above 4 bits the zero points
+            are thinned to 16 a range). ``"percentile"`` covers the central ``2 * share - 1`` of the elements.
         norm: exponent of the error.
         share: the upper quantile that ``"percentile"`` keeps; its mirror image is the lower one.
         hessian_diag: ``[in_features]`` non-negative weights of the columns in the error (mean square of the inputs).
@@ -114,14 +114,22 @@ def fit_columns(
     if weights is not None and not bool((weights > 0).any()):
         weights = None  # inputs that were never seen: every error counts the same
     width = max(1, (_CHUNK_CPU if x.device.type == "cpu" else _CHUNK_OTHER) // x.shape[0])
-    parts = [_fit_chunk(x[:, i : i + width].contiguous(), spec, clip, norm, grid, max_shrink, share, weights)
-             for i in range(0, x.shape[1], width)]
+    parts = [
+        _fit_chunk(x[:, i : i + width].contiguous(), spec, clip, norm, grid, max_shrink, share, weights)
+        for i in range(0, x.shape[1], width)
+    ]
     scale = torch.cat([scale for scale, _ in parts])
     return scale, None if spec.symmetric else torch.cat([zero for _, zero in parts])  # type: ignore[misc]
 
 
 def _fit_chunk(
-    x: torch.Tensor, spec: QuantSpec, clip: str, norm: float, grid: int, max_shrink: float, share: float,
+    x: torch.Tensor,
+    spec: QuantSpec,
+    clip: str,
+    norm: float,
+    grid: int,
+    max_shrink: float,
+    share: float,
     weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if clip == "percentile":
@@ -164,7 +172,10 @@ def _ranges_and_zero_points(
 
 
 def _best(
-    x: torch.Tensor, spec: QuantSpec, candidates: list[tuple[torch.Tensor, torch.Tensor]], norm: float,
+    x: torch.Tensor,
+    spec: QuantSpec,
+    candidates: list[tuple[torch.Tensor, torch.Tensor]],
+    norm: float,
     weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     least = torch.full_like(x[0], math.inf)

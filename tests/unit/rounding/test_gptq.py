@@ -16,7 +16,9 @@ def problem(rows: int = 24, k: int = 80, tokens: int = 400, seed: int = 0) -> tu
     """A weight and a Hessian of correlated inputs with outlier channels, float64."""
     g = torch.Generator().manual_seed(seed)
     mix = torch.randn(k, k, generator=g, dtype=torch.float64) * torch.arange(1, k + 1) ** -0.7
-    x = torch.randn(tokens, k, generator=g, dtype=torch.float64) @ mix.T + 0.1 * torch.randn(tokens, k, generator=g, dtype=torch.float64)
+    x = torch.randn(tokens, k, generator=g, dtype=torch.float64) @ mix.T + 0.1 * torch.randn(
+        tokens, k, generator=g, dtype=torch.float64
+    )
     x[:, torch.randperm(k, generator=g)[: max(1, k // 30)]] *= 15
     return torch.randn(rows, k, generator=g, dtype=torch.float64), 2 / tokens * x.T @ x
 
@@ -26,7 +28,9 @@ def objective(w: torch.Tensor, codes: gptq.Codes, h: torch.Tensor) -> float:
     return float(((d @ h.double()) * d).sum())
 
 
-def naive(w: torch.Tensor, h: torch.Tensor, spec: QuantSpec, percdamp: float, static: bool, order: list[int] | None) -> torch.Tensor:
+def naive(
+    w: torch.Tensor, h: torch.Tensor, spec: QuantSpec, percdamp: float, static: bool, order: list[int] | None
+) -> torch.Tensor:
     """Optimal brain quantization in a fixed order: after each column the inverse Hessian loses that row and column."""
     k = h.shape[0]
     inverse = torch.linalg.inv(h + percdamp * h.diagonal().mean() * torch.eye(k, dtype=h.dtype))
@@ -44,7 +48,9 @@ def naive(w: torch.Tensor, h: torch.Tensor, spec: QuantSpec, percdamp: float, st
             scale, zero = affine.fit(w[:, j : j + length], QuantSpec(spec.bits, -1, spec.symmetric))
         one = QuantSpec(spec.bits, -1, spec.symmetric)
         column = w[:, j : j + 1]
-        quantized[:, j : j + 1] = affine.decode(affine.encode(column, scale, zero, one), scale, zero, one, torch.float64)
+        quantized[:, j : j + 1] = affine.decode(
+            affine.encode(column, scale, zero, one), scale, zero, one, torch.float64
+        )
         error = (w[:, j] - quantized[:, j]) / inverse[j, j]
         w -= error[:, None] * inverse[j][None]
         inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
@@ -54,8 +60,16 @@ def naive(w: torch.Tensor, h: torch.Tensor, spec: QuantSpec, percdamp: float, st
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
     ("group", "block", "static", "act_order"),
-    [(-1, 128, False, False), (-1, 17, False, True), (16, 32, False, False), (24, 32, False, False), (48, 32, False, False),
-     (64, 16, False, False), (16, 32, True, False), (24, 128, True, True)],
+    [
+        (-1, 128, False, False),
+        (-1, 17, False, True),
+        (16, 32, False, False),
+        (24, 32, False, False),
+        (48, 32, False, False),
+        (64, 16, False, False),
+        (16, 32, True, False),
+        (24, 128, True, True),
+    ],
 )
 def test_equals_the_naive_formula(group: int, block: int, static: bool, act_order: bool, symmetric: bool) -> None:
     w, h = problem()
@@ -87,7 +101,9 @@ def test_joint_solution_equals_separate_ones() -> None:
     factor = gptq.factorise(h)
     joint = gptq.solve_many(parts, factor, QuantSpec(4, 16), clip="mse", weigh_clip=True, refine=1, dtype=torch.float64)
     for part, (codes, stats) in zip(parts, joint, strict=True):
-        alone, own = gptq.solve(part, factor, QuantSpec(4, 16), clip="mse", weigh_clip=True, refine=1, dtype=torch.float64)
+        alone, own = gptq.solve(
+            part, factor, QuantSpec(4, 16), clip="mse", weigh_clip=True, refine=1, dtype=torch.float64
+        )
         assert torch.equal(codes.codes, alone.codes)
         assert torch.equal(codes.scale, alone.scale)
         assert stats["loss"] == pytest.approx(own["loss"], rel=1e-9)

@@ -12,10 +12,14 @@ from hfq.rounding import nearest
 
 def weight(rows: int = 12, columns: int = 40, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator) * (1 + torch.rand(rows, columns, generator=generator) ** 8 * 6)
+    return torch.randn(rows, columns, generator=generator) * (
+        1 + torch.rand(rows, columns, generator=generator) ** 8 * 6
+    )
 
 
-def error(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: QuantSpec, norm: float) -> torch.Tensor:
+def error(
+    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: QuantSpec, norm: float
+) -> torch.Tensor:
     q = affine.decode(affine.encode(w, scale, zero, spec), scale, zero, spec)
     return (q - w).abs().double().pow(norm).sum()
 
@@ -42,16 +46,25 @@ def test_mse_equals_enumeration(group: int, symmetric: bool, norm: float) -> Non
             x = w[row : row + 1, g * length : (g + 1) * length]
             one = QuantSpec(3, -1, symmetric)
             low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-            best = min(error(x, *affine.fit_range(low * (1 - i / 100), high * (1 - i / 100), one), one, norm) for i in range(80))
+            best = min(
+                error(x, *affine.fit_range(low * (1 - i / 100), high * (1 - i / 100), one), one, norm)
+                for i in range(80)
+            )
             own = None if zero is None else zero[row, g].reshape(1, 1)
-            torch.testing.assert_close(error(x, scale[row, g].reshape(1, 1), own, one, norm), best, rtol=1e-4, atol=1e-9)
+            torch.testing.assert_close(
+                error(x, scale[row, g].reshape(1, 1), own, one, norm), best, rtol=1e-4, atol=1e-9
+            )
 
 
 def test_two_dimensional_search_equals_enumeration() -> None:
     spec = QuantSpec(3)
     generator = torch.Generator().manual_seed(1)
-    rows = [torch.randn(1, 24, generator=generator), torch.rand(1, 24, generator=generator) + 0.5,
-            -torch.rand(1, 24, generator=generator), torch.randn(1, 24, generator=generator) ** 3]
+    rows = [
+        torch.randn(1, 24, generator=generator),
+        torch.rand(1, 24, generator=generator) + 0.5,
+        -torch.rand(1, 24, generator=generator),
+        torch.randn(1, 24, generator=generator) ** 3,
+    ]
     for x in rows:
         scale, zero = nearest.grid_of(x, spec, clip="mse2d")
         low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
@@ -65,7 +78,9 @@ def test_two_dimensional_search_equals_enumeration() -> None:
 def test_searches_do_not_lose_to_each_other() -> None:
     w = weight(64, 128)
     spec = QuantSpec(3, 32)
-    errors = {clip: float(error(w, *nearest.grid_of(w, spec, clip=clip), spec, 2.4)) for clip in ("none", "mse", "mse2d")}
+    errors = {
+        clip: float(error(w, *nearest.grid_of(w, spec, clip=clip), spec, 2.4)) for clip in ("none", "mse", "mse2d")
+    }
     assert errors["mse2d"] < errors["mse"] < errors["none"]
 
 
@@ -115,7 +130,15 @@ def test_per_tensor_weights_repeat_over_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"clip": "best"}, {"norm": 0.0}, {"grid": 0}, {"max_shrink": 1.0}, {"share": 0.5}, {"clip": "percentile", "share": 2}]
+    "change",
+    [
+        {"clip": "best"},
+        {"norm": 0.0},
+        {"grid": 0},
+        {"max_shrink": 1.0},
+        {"share": 0.5},
+        {"clip": "percentile", "share": 2},
+    ],
 )
 def test_impossible_options(change: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(change.keys() - {"clip"} or {"clip"}))):
