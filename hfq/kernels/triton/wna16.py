@@ -1,0 +1,283 @@
+"""Weight-only products on NVIDIA GPUs: 1- to 8-bit codes, 16-bit activations, one Triton kernel for small and medium M.
+
+Entry points of the backend: :func:`available`, :func:`constraint`, :func:`prepare`, :func:`canonical`, :func:`linear`,
+:func:`dequantize`. The operators ``hfq::triton_wna16`` and ``hfq::triton_dequant`` can be captured in a CUDA graph,
+traced (fake kernels) and differentiated with respect to the activations.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from hfq.errors import KernelError
+from hfq.formats import bitpack
+from hfq.kernels.packed import PackedWeight, Runtime
+from hfq.kernels.triton import config as configs
+from hfq.kernels.triton.config import Config, Key
+from hfq.kernels.triton.layout import WordLayout, choose, pack_words, unpack_words
+
+__all__ = ["available", "canonical", "constraint", "dequantize", "explain", "linear", "prepare", "run_dequant", "run_fused"]
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+def available(device: torch.device | str) -> str:
+    """Why these kernels cannot run on ``device``; empty if they can."""
+    device = torch.device(device)
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'hfq[triton]'"
+    if device.type == "cpu":
+        return "" if _INTERPRETED else "Triton kernels need a GPU"
+    if device.type != "cuda" or torch.version.hip:
+        return f"the Triton kernels are written for NVIDIA GPUs, not {device.type}"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+def _group(spec_group: int, in_features: int) -> int:
+    return 0 if spec_group <= 0 or spec_group >= in_features else spec_group
+
+
+def _layout(packed: PackedWeight | Runtime) -> WordLayout:
+    return choose(packed.spec.bits, packed.in_features, _group(packed.spec.group_size, packed.in_features))
+
+
+def constraint(packed: PackedWeight | Runtime) -> str:
+    """Why the matrix kernel cannot serve this format (the dequantizer then does); empty if it can."""
+    if _layout(packed).fold:
+        return ""
+    return f"group_size {packed.spec.group_size} is not a multiple of 16: use such a group size, or one scale per channel"
+
+
+def prepare(packed: PackedWeight, dtype: torch.dtype) -> Runtime:
+    """The runtime form: slice-planar words, scales and zero points with the rows contiguous.
+
+    ``scale`` and ``zero_point`` keep their shape ``[out_features, groups]``; only their strides change.
+    """
+    codes = bitpack.unpack(packed.qweight, packed.spec.bits, packed.in_features)
+    layout = _layout(packed)
+    planes = pack_words(codes, layout)
+    tensors = dict(zip(("words", "high"), planes, strict=False))
+    tensors["scale"] = packed.scale.t().contiguous().t()
+    if packed.zero_point is not None:
+        tensors["zero_point"] = packed.zero_point.t().contiguous().t()
+    stored = sum(p.nbytes for p in planes)
+    note = f"words of {layout.bits} bits, rows padded to {layout.padded}: {stored} bytes for {packed.qweight.nbytes} packed"
+    return Runtime("triton", tensors, packed.spec, packed.in_features, packed.out_features, dtype, note, packed.name)
+
+
+def canonical(runtime: Runtime) -> torch.Tensor:
+    """The canonical ``qweight`` uint8 ``[out_features, bytes]``, bit for bit what :func:`prepare` was given."""
+    planes = [runtime.tensors[name] for name in ("words", "high") if name in runtime.tensors]
+    return bitpack.pack(unpack_words(planes, _layout(runtime), runtime.in_features), runtime.spec.bits)
+
+
+def _weight_args(runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    t = runtime.tensors
+    return t["words"], t.get("high"), t["scale"], t.get("zero_point")
+
+
+def linear(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ W.T + bias``: ``x`` ``[..., in_features]`` float16, bfloat16 or float32 to ``[..., out_features]``, dtype of x."""
+    layout = _layout(runtime)
+    words, high, scale, zero = _weight_args(runtime)
+    return torch.ops.hfq.triton_wna16(
+        x, words, high, scale, zero, bias, layout.bits, layout.slice,
+        _group(runtime.spec.group_size, runtime.in_features), runtime.spec.middle,
+    )
+
+
+def dequantize(runtime: Runtime, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """``[out_features, in_features]``, computed in float32 and rounded once."""
+    layout = _layout(runtime)
+    words, high, scale, zero = _weight_args(runtime)
+    return torch.ops.hfq.triton_dequant(
+        words, high, scale, zero, layout.bits, layout.slice,
+        _group(runtime.spec.group_size, runtime.in_features), runtime.spec.middle, runtime.in_features, dtype,
+    )
+
+
+def explain(runtime: Runtime, m: int) -> str:
+    """The configuration that ``m`` tokens would run with."""
+    group = _group(runtime.spec.group_size, runtime.in_features)
+    shape = (m, runtime.out_features, runtime.in_features)
+    return _config(runtime.tensors["words"].device, shape, _layout(runtime), group, runtime.dtype).label()
+
+
+@functools.lru_cache(maxsize=64)
+def _device(device: torch.device) -> tuple[str, int, int]:
+    """Name, number of multiprocessors, usable shared memory of a block."""
+    if device.type != "cuda":
+        return "interpreter", 4, 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    limit = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return properties.name, properties.multi_processor_count, limit - 4096  # what the scales and reductions take
+
+
+@functools.lru_cache(maxsize=8192)
+def _config(
+    device: torch.device, shape: tuple[int, int, int], layout: WordLayout, group: int, dtype: torch.dtype
+) -> Config:
+    m, n, k = shape
+    if dtype == torch.float32 or not layout.fold:
+        return Config(backend="dequant")
+    name, processors, limit = _device(device)
+    key = Key("wna16", layout.bits, group, n, k, configs.bucket(m), _DTYPES[dtype])
+    found = configs.pick_config("wna16", key, name, layout.blocks, processors)
+    return configs.fits(found, layout.block, layout.slice, layout.bits, layout.blocks, limit)
+
+
+def _strides(parameter: torch.Tensor, rows: int) -> tuple[int, int]:
+    expanded = parameter.expand(rows, -1)
+    return expanded.stride(0), expanded.stride(1)
+
+
+def _same_strides(scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor | None:
+    """The zero points with the strides of the scales: the kernels use one pair of strides for both."""
+    if zero is None or zero.stride() == scale.stride():
+        return zero
+    return torch.empty_strided(scale.shape, scale.stride(), dtype=zero.dtype, device=zero.device).copy_(zero)
+
+
+def run_fused(
+    x: torch.Tensor, words: torch.Tensor, high: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor | None,
+    bias: torch.Tensor | None, layout: WordLayout, group: int, middle: int, config: Config, asm: bool | None = None,
+) -> torch.Tensor:
+    """One product with the configuration given: ``x`` ``[M, K]``, contiguous, float16 or bfloat16; returns ``[M, N]``."""
+    from hfq.kernels.triton import jit
+
+    (m, k), n = x.shape, words.shape[0]
+    float_zero = zero is not None and zero.is_floating_point()
+    mode = configs.MODES["group+xsum" if float_zero and config.mode == "group" else config.mode]
+    zero = _same_strides(scale, zero)
+    stride_sn, stride_sg = _strides(scale, n)
+    sums, units = x, layout.padded // layout.fold
+    if mode == configs.MODES["group+xsum"]:
+        sums = torch.empty(m, units, dtype=torch.float32, device=x.device)
+        per_program = max(1, 2048 // layout.fold)
+        jit.xsum_kernel[(m, -(-units // per_program))](x, sums, k, units, FOLD=layout.fold, ROWS=per_program, num_warps=4)
+    per_split = -(-layout.blocks // config.split)
+    split = -(-layout.blocks // per_split)  # no empty split
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    target = y if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+    grid = (-(-n // config.bn) * -(-m // config.bm), split)
+    jit.wna16_kernel[grid](
+        x, words, words if high is None else high, scale, scale if zero is None else zero, sums,
+        x if bias is None else bias, target,
+        m, n, k, words.shape[1], scale.shape[1], stride_sn, stride_sg, layout.blocks, per_split, units,
+        BITS=layout.bits, SL=layout.slice, FIELDS=layout.fields, FOLD=layout.fold, GROUP_SIZE=group,
+        BN=config.bn, BM=config.bm, MODE=mode, HAS_ZERO=zero is not None, MIDDLE=middle, SPLIT=split,
+        EVEN_K=k == layout.padded, HAS_BIAS=bias is not None, ASM=(not _INTERPRETED) if asm is None else asm,
+        num_warps=config.warps, num_stages=config.stages,
+    )
+    if split > 1:
+        block = 256 if m * n < 2**17 else 1024
+        jit.reduce_kernel[(-(-m * n // block),)](
+            target, x if bias is None else bias, y, n, m * n, SPLIT=split, HAS_BIAS=bias is not None, BLOCK=block,
+            num_warps=block // 128,
+        )
+    return y
+
+
+def run_dequant(
+    words: torch.Tensor, high: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor | None,
+    layout: WordLayout, group: int, middle: int, in_features: int, dtype: torch.dtype,
+) -> torch.Tensor:
+    """The matrix ``[N, in_features]`` in ``dtype``."""
+    from hfq.kernels.triton import jit
+
+    n = words.shape[0]
+    out = torch.empty(n, in_features, dtype=dtype, device=words.device)
+    zero = _same_strides(scale, zero)
+    stride_sn, stride_sg = _strides(scale, n)
+    block_n = 32
+    jit.dequant_kernel[(-(-n // block_n), layout.blocks)](
+        words, words if high is None else high, scale, scale if zero is None else zero, out,
+        n, in_features, words.shape[1], scale.shape[1], stride_sn, stride_sg,
+        BITS=layout.bits, SL=layout.slice, FIELDS=layout.fields, GROUP_SIZE=group, BN=block_n,
+        HAS_ZERO=zero is not None, MIDDLE=middle, EVEN_K=in_features == layout.padded, num_warps=4,
+    )
+    return out
+
+
+def _forward(
+    x: torch.Tensor, words: torch.Tensor, high: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor | None,
+    bias: torch.Tensor | None, bits: int, slice: int, group: int, middle: int,
+) -> torch.Tensor:
+    k, n = x.shape[-1], words.shape[0]
+    if x.dtype not in _DTYPES:
+        raise KernelError(f"activations are {x.dtype}: float16, bfloat16 or float32 is needed")
+    if x.device != words.device:
+        raise KernelError(f"activations on {x.device}, weight on {words.device}: move one of them")
+    layout = choose(bits, k, group, slice)
+    rows = x.reshape(-1, k).contiguous()
+    if rows.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], n)
+    config = _config(x.device, (rows.shape[0], n, k), layout, group, x.dtype)
+    with torch.cuda.device_of(x):
+        if config.backend == "dequant":
+            weight = run_dequant(words, high, scale, zero, layout, group, middle, k, x.dtype)
+            y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+        else:
+            y = run_fused(rows, words, high, scale, zero, bias, layout, group, middle, config)
+    return y.reshape(*x.shape[:-1], n)
+
+
+def _dequant(
+    words: torch.Tensor, high: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor | None,
+    bits: int, slice: int, group: int, middle: int, in_features: int, dtype: torch.dtype,
+) -> torch.Tensor:
+    layout = choose(bits, in_features, group, slice)
+    with torch.cuda.device_of(words):
+        return run_dequant(words, high, scale, zero, layout, group, middle, in_features, dtype)
+
+
+_LIBRARY = torch.library.Library("hfq", "FRAGMENT")
+_LIBRARY.define(
+    "triton_wna16(Tensor x, Tensor words, Tensor? high, Tensor scale, Tensor? zero, Tensor? bias, "
+    "int bits, int slice, int group, int middle) -> Tensor"
+)
+_LIBRARY.define(
+    "triton_dequant(Tensor words, Tensor? high, Tensor scale, Tensor? zero, "
+    "int bits, int slice, int group, int middle, int in_features, ScalarType dtype) -> Tensor"
+)
+for _key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
+    _LIBRARY.impl("triton_wna16", _forward, _key)
+    _LIBRARY.impl("triton_dequant", _dequant, _key)
+
+
+@torch.library.register_fake("hfq::triton_wna16", lib=_LIBRARY)
+def _(x, words, high, scale, zero, bias, bits, slice, group, middle):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], words.shape[0])
+
+
+@torch.library.register_fake("hfq::triton_dequant", lib=_LIBRARY)
+def _(words, high, scale, zero, bits, slice, group, middle, in_features, dtype):  # type: ignore[no-untyped-def]
+    return words.new_empty(words.shape[0], in_features, dtype=dtype)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, words, high, scale, zero, bias, *ctx.format = inputs
+    ctx.in_features, ctx.bias = x.shape[-1], bias is not None
+    ctx.save_for_backward(words, high, scale, zero)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    words, high, scale, zero = ctx.saved_tensors
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.hfq.triton_dequant(words, high, scale, zero, *ctx.format, ctx.in_features, grad.dtype)
+        dx = grad @ weight
+    if ctx.bias and ctx.needs_input_grad[5]:
+        dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return dx, None, None, None, None, dbias, None, None, None, None
+
+
+torch.library.register_autograd("hfq::triton_wna16", _backward, setup_context=_setup, lib=_LIBRARY)
