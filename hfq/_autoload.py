@@ -1,7 +1,94 @@
-"""Entry point of the group ``torch.backends``: standard library only, and it never raises."""
+"""Registers hfq with the Hugging Face libraries as soon as they are imported, and never before.
+
+``import torch`` calls :func:`install` through the entry point group ``torch.backends``, so a packed checkpoint opened
+without ``import hfq`` is recognised; ``import hfq`` calls it too. Standard library only, and it never raises: an error
+here would break ``import torch`` for everybody.
+"""
 
 from __future__ import annotations
 
+import importlib
+import logging
+import sys
+from importlib.abc import MetaPathFinder
+from typing import Any
+
+__all__ = ["WATCHED", "install"]
+
+# The packages, not their inner modules: while those run, the package is half initialised.
+WATCHED = {
+    "transformers.quantizers": "register_transformers",
+    "diffusers.quantizers": "register_diffusers",
+    "peft": "register_peft",
+}
+
+_log = logging.getLogger("hfq")
+
+
+def _register(package: str) -> None:
+    try:
+        registration = importlib.import_module("hfq.integrations.registration")
+        getattr(registration, WATCHED[package])()
+    except Exception as error:  # noqa: BLE001 - an import of somebody else's package must not fail because of hfq
+        _log.warning("hfq could not register with %s: %s: %s", package, type(error).__name__, error)
+
+
+def _ready(package: str) -> bool:
+    module = sys.modules.get(package)
+    return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
+
+
+class _Finder(MetaPathFinder):
+    """Lets the other finders find, and adds one call after the package has run."""
+
+    def __init__(self) -> None:
+        self.waiting: set[str] = set()  # packages whose import had begun before this finder existed
+        self.busy = False
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if self.waiting and not self.busy:
+            self.settle()
+        if fullname not in WATCHED:
+            return None
+        for finder in [other for other in sys.meta_path if other is not self]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    _call_after(spec.loader, fullname)
+                return spec
+        return None
+
+    def settle(self) -> None:
+        self.busy = True
+        try:
+            for package in [name for name in self.waiting if _ready(name)]:
+                self.waiting.discard(package)
+                _register(package)
+        finally:
+            self.busy = False
+
+
+def _call_after(loader: Any, package: str) -> None:
+    original = loader.exec_module
+
+    def exec_module(module: Any) -> None:
+        original(module)
+        _register(package)
+
+    loader.exec_module = exec_module
+
 
 def install() -> None:
-    """Called by ``import torch``."""
+    """Watch for the packages of :data:`WATCHED`; register at once with those that are imported. Idempotent."""
+    try:
+        if any(type(finder).__name__ == "_Finder" and type(finder).__module__ == __name__ for finder in sys.meta_path):
+            return
+        finder = _Finder()
+        sys.meta_path.insert(0, finder)
+        for package in WATCHED:
+            if _ready(package):
+                _register(package)
+            elif package in sys.modules:
+                finder.waiting.add(package)
+    except Exception as error:  # noqa: BLE001 - torch turns any exception of an entry point into a failed import
+        _log.warning("hfq could not install its import hook: %s", error)

@@ -7,6 +7,7 @@ is found, how a model is marked as quantized) is an :class:`Environment`, which 
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import platform
 import time
 from collections.abc import Callable, Iterable
@@ -18,8 +19,10 @@ import torch
 from torch import nn
 
 from hfq import methods as methods_table
+from hfq.calibration.data import normalise
 from hfq.config import HfqConfig
-from hfq.errors import ConfigError, QuantizationError
+from hfq.errors import ConfigError, DataError, QuantizationError
+from hfq.graph import select
 from hfq.memory import PeakMemory
 from hfq.report import Report
 
@@ -32,21 +35,23 @@ class Environment:
 
     Attributes:
         placement: ``placement(module)`` is a context in which the module's tensors are in memory on their device.
-        load_processor: ``load_processor(model, config)`` gives a tokenizer or processor, or ``None``.
-        load_hub: ``load_hub(name, ...)`` gives the rows of a data set that is named by a string.
+        load_processor: ``load_processor(model, config, data)`` gives a tokenizer or processor.
+        load_hub: ``load_hub(name)`` gives the rows of a data set that is named by a string.
         progress: ``progress(iterable, total, description)`` shows a progress bar.
         attach: ``attach(model, config)`` marks a live model as quantized, so that its library can save it.
         detach: ``detach(model)`` undoes ``attach``.
-        is_packed: ``is_packed(model)`` says whether a model is already quantized, by anyone.
+        is_packed: ``is_packed(model, config)`` says who quantized the model before; ``None`` if nobody did.
+        untie: ``untie(model, name)`` gives a module whose weight is tied to another one a weight of its own.
     """
 
     placement: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
-    load_processor: Callable[[nn.Module, HfqConfig], Any] | None = None
+    load_processor: Callable[[nn.Module, HfqConfig, Any], Any] | None = None
     load_hub: Callable[..., Iterable[Any]] | None = None
     progress: Callable[..., Iterable[Any]] | None = None
     attach: Callable[[nn.Module, HfqConfig], None] | None = None
     detach: Callable[[nn.Module], None] | None = None
-    is_packed: Callable[[nn.Module], str | None] | None = None
+    is_packed: Callable[[nn.Module, HfqConfig], str | None] | None = None
+    untie: Callable[[nn.Module, str], None] | None = None
 
 
 _ENVIRONMENT = Environment()
@@ -111,20 +116,15 @@ def quantize(model: nn.Module, config: HfqConfig, data: Any = None) -> Report:
 def explain(model: nn.Module) -> dict[str, Any]:
     """Which kernel serves each packed layer on its device, and why the others were passed over."""
     from hfq.kernels import explain as explain_layer
-    from hfq.layers import swap
 
-    packed = swap.packed_modules(model)
-    if not packed:
-        raise ConfigError(f"{type(model).__name__} has no packed layers: there is nothing to explain")
-    return {name: explain_layer(module, 1) for name, module in packed.items()}
+    return {name: explain_layer(model.get_submodule(name), 1) for name in _packed_names(model, "explain")}
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every packed layer by its float module, in place, and unmark the model."""
     from hfq.layers import swap
 
-    if not swap.packed_modules(model):
-        raise ConfigError(f"{type(model).__name__} has no packed layers: there is nothing to dequantize")
+    _packed_names(model, "dequantize")
     swap.dequantize_modules(model, dtype)
     if _ENVIRONMENT.detach is not None:
         _ENVIRONMENT.detach(model)
@@ -136,6 +136,15 @@ def methods() -> dict[str, methods_table.Method]:
     return dict(methods_table.METHODS)
 
 
+def _packed_names(model: nn.Module, verb: str) -> list[str]:
+    from hfq.layers import swap
+
+    names = list(swap.describe(model)["layers"])
+    if not names:
+        raise ConfigError(f"{type(model).__name__} has no packed layers: there is nothing to {verb}")
+    return names
+
+
 @dataclass
 class _Asked:
     names: list[str]
@@ -145,7 +154,7 @@ class _Asked:
 def _check_model(model: nn.Module, config: HfqConfig) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the model is {type(model).__name__}, a torch.nn.Module is needed")
-    packed = _ENVIRONMENT.is_packed(model) if _ENVIRONMENT.is_packed is not None else None
+    packed = _ENVIRONMENT.is_packed(model, config) if _ENVIRONMENT.is_packed is not None else None
     if packed:
         raise ConfigError(f"{type(model).__name__} is already quantized ({packed}): load the float model first")
     if config.dequantize:
@@ -158,10 +167,13 @@ def _check_model(model: nn.Module, config: HfqConfig) -> None:
 
 def _asked_sites(model: nn.Module, config: HfqConfig) -> _Asked:
     plan = config.plan(model)
-    sites = [site for block in plan.blocks for site in block.sites] + list(plan.outside)
-    for pattern in config.overrides:
-        if not any(config_matches(pattern, name) for name, _ in model.named_modules()):
-            raise ConfigError(f"overrides[{pattern!r}] matches no module of {type(model).__name__}")
+    sites = plan.sites
+    names = [name for name, _ in model.named_modules()]
+    for pattern in select.unused(config.overrides, names):
+        raise ConfigError(f"overrides[{pattern!r}] matches no module of {type(model).__name__}")
+    for site in sites:
+        if _ENVIRONMENT.untie is not None:
+            _ENVIRONMENT.untie(model, site.name)
     if not sites and config.bits != 16:
         raise ConfigError(f"{type(model).__name__} has no layer that {config.method} could quantize")
     if sites and config.group_size > max(site.in_features for site in sites):
@@ -170,35 +182,26 @@ def _asked_sites(model: nn.Module, config: HfqConfig) -> _Asked:
     return _Asked([site.name for site in sites], dict(plan.skipped))
 
 
-def config_matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of ``overrides`` names the module."""
-    from fnmatch import fnmatchcase
-
-    return name == pattern or fnmatchcase(name, pattern)
-
-
 def _batches(model: nn.Module, config: HfqConfig, data: Any) -> Any:
-    from hfq.errors import DataError
-
     if data is None:
         if config.needs_calibration:
-            raise DataError(
-                f"{config.method} needs calibration data: pass data=... to hfq.quantize or calibration=... to the config"
-            )
+            raise DataError(f"{config.method} needs calibration data: pass data=..., or calibration=... to the config")
         return None
-    from hfq.calibration import data as data_module
-
-    def processor() -> Any:
-        if config._processor is not None and not isinstance(config._processor, str):
-            return config._processor
-        load = _ENVIRONMENT.load_processor
-        return None if load is None else load(model, config)
-
-    return data_module.normalise(
+    load = _ENVIRONMENT.load_processor
+    processor = config._processor if load is None else load(model, config, data)
+    return normalise(
         data, processor=processor, samples=config.calibration_samples, seqlen=config.calibration_seqlen,
         batch_size=config.calibration_batch_size, seed=config.seed, text_column=config.text_column,
-        load_hub=_ENVIRONMENT.load_hub,
+        load_hub=_ENVIRONMENT.load_hub, accepted=_accepted(model),
     )
+
+
+def _accepted(model: nn.Module) -> list[str] | None:
+    """Argument names of the model's forward; ``None`` if it takes any."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters) and len(parameters) <= 2:
+        return None
+    return [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
 
 
 def _check_report(report: Report, asked: list[str], config: HfqConfig) -> None:
@@ -217,10 +220,9 @@ def _check_report(report: Report, asked: list[str], config: HfqConfig) -> None:
 def _finish(model: nn.Module, config: HfqConfig, report: Report) -> None:
     from hfq.layers import swap
 
-    if any(row.status == "packed" for row in report):
-        config.manifest = swap.describe(model)
-        swap.freeze(model)
-        swap.prepare(model)
+    config.manifest = swap.describe(model)
+    swap.freeze(model)
+    swap.prepare(model)
 
 
 def _record(model: nn.Module, config: HfqConfig, report: Report) -> None:

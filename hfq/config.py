@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import copy
 import importlib
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import Field, dataclass, field, fields
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hfq.checks import accepts, allowed, did_you_mean, in_range, type_hints
 from hfq.errors import CheckpointError, ConfigError
+from hfq.fields import accepts, allowed, did_you_mean, in_range, option, plain, type_hints
 from hfq.formats.spec import QuantSpec
+from hfq.graph import select
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "HfqConfig", "QuantMethodName", "option"]
 
@@ -45,24 +44,6 @@ class QuantMethodName(str):
 QUANT_METHOD = QuantMethodName("hfq")
 
 
-def option(default: Any, *, range: tuple[float, float] | None = None, choices: Sequence[Any] | None = None,
-           also: Sequence[Any] = (), saved: bool = True, per_module: bool = False) -> Any:
-    """A field of a Config class, with the values it allows.
-
-    Args:
-        default: default value; a list or dict is copied for every instance.
-        range: inclusive limits of a number.
-        choices: the values allowed.
-        also: values allowed besides ``range`` (16 bits as "off").
-        saved: whether the field is part of ``to_dict``.
-        per_module: whether ``overrides`` may set it for single modules.
-    """
-    metadata = {"range": range, "choices": choices, "also": tuple(also), "saved": saved, "per_module": per_module}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata, repr=saved)
-    return field(default=default, metadata=metadata, repr=saved)
-
-
 @dataclass(kw_only=True, eq=False, repr=False)
 class HfqConfig(QuantizationConfigMixin):
     """Base of every method's Config; ``HfqConfig(method="rtn", ...)`` gives an instance of that method's class.
@@ -83,7 +64,7 @@ class HfqConfig(QuantizationConfigMixin):
         calibration: texts, tensors, dicts, a dataset, a loader, a callable, a file or a Hub id.
         calibration_samples, calibration_seqlen, calibration_batch_size, text_column: how the data is read.
         processor: tokenizer or processor, or the id of one; ``None`` takes the model's.
-        seed: seed of everything random.
+        seed: of everything random.
         allow_partial: modules that could not be done are reported instead of raised.
         cpu_memory: "compact" keeps only codes in memory on CPU, "cached" keeps an expanded copy for speed.
         dequantize: when loading a packed checkpoint, give back a float model.
@@ -164,14 +145,9 @@ class HfqConfig(QuantizationConfigMixin):
         hints = type_hints(type(self))
         for f in fields(self):
             self._check_value(f, getattr(self, f.name), hints[f.name], f.name)
-        if isinstance(self.modules_to_not_convert, Sequence):
-            self.modules_to_not_convert = list(self.modules_to_not_convert)
-        if self.activation_bits != 16 and not self.supports_activation_bits:
-            value = f"activation_bits={self.activation_bits}"
-            raise ConfigError(f"{value}: {self.method} quantizes weights only (16 is allowed)")
-        if self.kv_bits != 16 and not self.supports_kv_bits:
-            value = f"kv_bits={self.kv_bits}"
-            raise ConfigError(f"{value}: {self.method} does not quantize the key-value cache (16 is allowed)")
+        for name, what in (("activation_bits", "activations"), ("kv_bits", "the key-value cache")):
+            if getattr(self, name) != 16 and not getattr(self, f"supports_{name}"):
+                raise ConfigError(f"{name}={getattr(self, name)}: {self.method} does not quantize {what} (16 is off)")
         self._check_overrides(hints)
         self.spec_for("")
         self.check()
@@ -193,22 +169,20 @@ class HfqConfig(QuantizationConfigMixin):
                 if name in known:
                     self._check_value(known[name], value, hints[name], f"{where}[{name!r}]")
                 elif name not in _SPEC_FIELDS:
-                    names = [*known, *_SPEC_FIELDS]
-                    raise ConfigError(f"{where}: unknown field {name!r}{did_you_mean(str(name), names)}")
+                    near = did_you_mean(str(name), [*known, *_SPEC_FIELDS])
+                    raise ConfigError(f"{where}: unknown field {name!r}{near}")
             if values.get("activation_bits", 16) != 16 and not self.supports_activation_bits:
-                raise ConfigError(f"{where}: {self.method} quantizes weights only (activation_bits=16 is allowed)")
+                raise ConfigError(f"{where}: {self.method} does not quantize activations (16 is off)")
             try:
                 self._spec(dict(values))
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
 
-    # -- what holds for one module ------------------------------------------------------------------------------
-
     def override_for(self, name: str) -> dict[str, Any]:
-        """Merged ``overrides`` of the module ``name``: exact names and fnmatch patterns, later ones win."""
+        """Merged ``overrides`` of the module ``name``: patterns of ``hfq.graph.select``, later ones win."""
         merged: dict[str, Any] = {}
         for pattern, values in self.overrides.items():
-            if name == pattern or fnmatchcase(name, pattern):
+            if select.matches(name, pattern):
                 merged.update(values)
         return merged
 
@@ -239,13 +213,11 @@ class HfqConfig(QuantizationConfigMixin):
         """Patterns of ``overrides`` that ask for codes: they lift hfq's own rule for output heads."""
         return [pattern for pattern, values in self.overrides.items() if values.get("bits", self.bits) != 16]
 
-    # -- private run options ------------------------------------------------------------------------------------
-
     def plan(self, model: Any) -> Any:
         """``graph.read`` of ``model`` with this config's skip rule: the sites that are asked for."""
         from hfq import graph
 
-        return graph.read(model, skip=self.skip, include=self.named)
+        return graph.read(model, skip=self.skip, ask=self.named)
 
     def placement(self, module: Any) -> AbstractContextManager[Any]:
         """Context in which ``module`` is materialised on its device, wherever it is kept (used by recipes)."""
@@ -261,10 +233,7 @@ class HfqConfig(QuantizationConfigMixin):
             "progress_dir": self.work_dir,
         }
 
-    @property
-    def data(self) -> Any:
-        """The calibration data as given (object, path or Hub id), or ``None``."""
-        return self._data
+    data = property(lambda self: self._data, doc="The calibration data as given (object, path or Hub id), or ``None``.")
 
     @property
     def torch_compute_dtype(self) -> Any:
@@ -275,10 +244,8 @@ class HfqConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Options that a user may set anew when loading a packed checkpoint (only those that are not default)."""
-        options = {"compute_dtype": None, "cpu_memory": "compact", "dequantize": False}
-        return {key: getattr(self, key) for key, default in options.items() if getattr(self, key) != default}
-
-    # -- dictionaries -------------------------------------------------------------------------------------------
+        defaults = {"compute_dtype": None, "cpu_memory": "compact", "dequantize": False}
+        return {key: getattr(self, key) for key, default in defaults.items() if getattr(self, key) != default}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary of the saved fields and, once quantized, of the record of the packed layers."""
@@ -287,14 +254,14 @@ class HfqConfig(QuantizationConfigMixin):
         result: dict[str, Any] = {}
         for f in fields(self):
             if f.metadata.get("saved", True):
-                result[f.name] = _plain(getattr(self, f.name))
+                result[f.name] = plain(getattr(self, f.name))
         if isinstance(self.calibration, (str, os.PathLike)) and os.path.exists(self.calibration):
             result["calibration"] = None  # a path of this machine means nothing elsewhere: the summary has a descriptor
-        result |= {"quant_method": str(QUANT_METHOD), "format_version": self.format_version}
-        result["hfq_version"] = self.hfq_version or __version__
+        result |= {"quant_method": str(QUANT_METHOD), "format_version": self.format_version,
+                   "hfq_version": self.hfq_version or __version__}
         for name in ("manifest", "summary"):
             if getattr(self, name) is not None:
-                result[name] = _plain(getattr(self, name))
+                result[name] = plain(getattr(self, name))
         return result
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -346,7 +313,7 @@ class HfqConfig(QuantizationConfigMixin):
         unknown = sorted(set(values) - set(known))
         if unknown and "hfq_version" in saved:
             raise ConfigError(f"fields {unknown} are unknown to {target.__name__}: {newer}")
-        config = target(**values)  # an unknown field of a dictionary that a person wrote raises here, with a suggestion
+        config = target(**values)  # an unknown field that a person wrote raises here, with a suggestion
         config.hfq_version = writer
         for name in ("manifest", "summary"):
             value = saved.get(name)
@@ -379,16 +346,3 @@ def _dtype_name(dtype: Any) -> str | None:
     if name not in _DTYPES:
         raise ConfigError(f"compute_dtype={dtype!r}: None or one of {', '.join(_DTYPES)} is allowed")
     return name
-
-
-def _plain(value: Any) -> Any:
-    """Numbers, strings, lists and dicts only."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{value} cannot be saved as JSON")
-    return value

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,3 +140,13 @@ def _version() -> str:
     from hfq import __version__
 
     return __version__
+
+
+class _Table(types.ModuleType):
+    """``hfq.methods`` is this folder and, called, the table: ``hfq.methods()``."""
+
+    def __call__(self) -> dict[str, Method]:
+        return dict(METHODS)
+
+
+sys.modules[__name__].__class__ = _Table

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RANK = {
-    "errors": 0, "report": 0, "checks": 0, "memory": 0, "formats": 1, "kernels": 2, "graph": 2, "layers": 3,
+    "errors": 0, "report": 0, "fields": 0, "memory": 0, "formats": 1, "kernels": 2, "graph": 2, "layers": 3,
     "calibration": 4, "transforms": 4, "rounding": 4,
     "reconstruction": 5, "training": 5, "allocation": 5, "evaluation": 5,
     "config": 6, "methods": 7, "api": 8, "integrations": 9,

@@ -1,18 +1,41 @@
-"""Checks of single values against a type hint and limits, with messages that say what is allowed."""
+"""Fields of Config classes: how they are declared, checked against their type and limits, and made ready for JSON."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import field
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["accepts", "allowed", "did_you_mean", "in_range", "type_hints"]
+from hfq.errors import ConfigError
+
+__all__ = ["accepts", "allowed", "did_you_mean", "in_range", "option", "plain", "type_hints"]
 
 _NAMES = {bool: "True or False", int: "an integer", float: "a finite number", str: "a string", type(None): "None"}
+
+
+def option(default: Any, *, range: tuple[float, float] | None = None, choices: Sequence[Any] | None = None,
+           also: Sequence[Any] = (), saved: bool = True, per_module: bool = False) -> Any:
+    """A field of a Config class, with the values it allows.
+
+    Args:
+        default: default value; a list or dict is copied for every instance.
+        range: inclusive limits of a number.
+        choices: the values allowed.
+        also: values allowed besides ``range`` (16 bits as "off").
+        saved: whether the field is part of ``to_dict``.
+        per_module: whether ``overrides`` may set it for single modules.
+    """
+    metadata = {"range": range, "choices": choices, "also": tuple(also), "saved": saved, "per_module": per_module}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata, repr=saved)
+    return field(default=default, metadata=metadata, repr=saved)
 
 
 @cache
@@ -88,3 +111,16 @@ def _words(hint: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Sequence):
         return "a list" + (f" of {_words(args[0]).removeprefix('an ').removeprefix('a ')}s" if args else "")
     return "a path" if getattr(kind, "__name__", "") == "PathLike" else getattr(kind, "__name__", str(hint))
+
+
+def plain(value: Any) -> Any:
+    """Numbers, strings, lists and dicts only."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{value} cannot be saved as JSON")
+    return value

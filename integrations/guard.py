@@ -1,0 +1,201 @@
+"""Packed checkpoints on disk: names that stop a transformers without hfq, and checks before a byte is loaded.
+
+A transformers that does not know ``"hfq"`` ignores the quantization config, builds the float model, and would fill it
+with random numbers. So the codes of a layer are saved under the name of its float weight (``<module>.weight``, or the
+expert tensor's own name) with one more axis: such a loader finds the name, meets another shape, and stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from hfq.errors import CheckpointError
+
+__all__ = [
+    "PackedRename", "add_rename", "check_files", "disk_leaf", "drop_rename", "header", "localise", "packed_tensors",
+]
+
+
+def disk_leaf(leaf: str) -> str | None:
+    """Name on disk of a packed layer's main tensor; ``None`` for tensors that keep their name."""
+    if leaf == "qweight":
+        return "weight"
+    return leaf.removesuffix("_qweight") if leaf.endswith("_qweight") else None
+
+
+class PackedRename(WeightRenaming):
+    """Renames the main tensors of packed layers: by exact names, where a pattern would hit every norm's weight too.
+
+    ``load`` maps ``<module>.<disk name>`` to ``qweight``; the reverse, made for saving, needs the modules only.
+    A checkpoint of a model with a head and one of its bare backbone differ by ``prefix``, which is tolerated.
+    """
+
+    __slots__ = ("load", "modules", "prefix", "saving")
+
+    def __init__(
+        self, names: Iterable[str], prefix: str = "", modules: Iterable[str] = (), saving: bool = False
+    ) -> None:
+        super().__init__(source_patterns="hfq-packed-tensor", target_patterns="hfq-packed-tensor")
+        self.load: dict[str, str] = {}
+        for name in names:
+            base, _, leaf = name.rpartition(".")
+            disk = disk_leaf(leaf)
+            if disk is not None:
+                self.load[f"{base}.{disk}" if base else disk] = leaf
+        self.modules = frozenset(modules)
+        self.prefix, self.saving = prefix, saving
+        # Always reversed on save, also when nothing was loaded through it (a model quantized in memory).
+        self._was_used = True
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        base, _, leaf = source_key.rpartition(".")
+        if self.saving:
+            new = disk_leaf(leaf) if base in self.modules else None
+        else:
+            new = next((self.load[key] for key in self._candidates(source_key) if key in self.load), None)
+        if new is None:
+            return source_key, None
+        return (f"{base}.{new}" if base else new), self.source_patterns[0]
+
+    def _candidates(self, key: str) -> Iterator[str]:
+        yield key
+        if self.prefix:
+            yield key.removeprefix(f"{self.prefix}.") if key.startswith(f"{self.prefix}.") else f"{self.prefix}.{key}"
+
+    def reverse_transform(self) -> PackedRename:
+        reverse = PackedRename((), self.prefix, self.modules, not self.saving)
+        reverse.load = self.load
+        return reverse
+
+
+def packed_tensors(model: Any) -> dict[str, Any]:
+    """Every tensor of every packed layer of a model that is still on meta, by its name in memory."""
+    state = model.state_dict()
+    modules = {name.rpartition(".")[0] for name in state if name.endswith("qweight")}
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in modules}
+
+
+def add_rename(model: Any, modules: Iterable[str]) -> None:
+    """Make a live model save the main tensors of ``modules`` under their names on disk."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        # What saving would fall back to for a model that was not loaded from a checkpoint.
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange
+
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+    kept = [conversion for conversion in conversions if not isinstance(conversion, PackedRename)]
+    model._weight_conversions = [*kept, PackedRename((), model.base_model_prefix, modules)]
+
+
+def drop_rename(model: Any) -> None:
+    """Undo :func:`add_rename`, for a model whose layers are float again."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [c for c in conversions if not isinstance(c, PackedRename)]
+
+
+def localise(manifest: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The manifest with the names of ``model``, which may be the bare backbone of the saved model, or hold it.
+
+    Raises:
+        CheckpointError: a name has no module, and ``model`` is of the class that was saved.
+    """
+    layers = manifest.get("layers")
+    if not isinstance(layers, Mapping):
+        raise CheckpointError("the manifest of the quantization config has no table 'layers': the config is damaged")
+    present = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+
+    def local(name: str) -> str | None:
+        candidates = (name, name.removeprefix(prefix) if name.startswith(prefix) else name, prefix + name)
+        return next((candidate for candidate in candidates if candidate in present), None)
+
+    names = {name: local(name) for name in layers}
+    lost = [name for name, found in names.items() if found is None]
+    saved_as = getattr(model.config, "architectures", None) or [type(model).__name__]
+    if lost and (type(model).__name__ in saved_as or len(lost) == len(names)):
+        raise CheckpointError(f"the quantization config names {lost[:3]}: {type(model).__name__} has no such layers")
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, str):
+            return local(value) or value
+        if isinstance(value, Mapping):
+            return {key: renamed(item) for key, item in value.items()}
+        return [renamed(item) for item in value] if isinstance(value, list) else value
+
+    result = {key: renamed(value) for key, value in manifest.items() if key != "layers"}
+    return result | {"layers": {names[name]: entry for name, entry in layers.items() if names[name] is not None}}
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is truncated or damaged ({error}): copy or download it again") from None
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing: the checkpoint is incomplete, copy or download it again") from None
+
+
+def header(files: Iterable[str] | None) -> dict[str, str]:
+    """Metadata of the first safetensors file, after opening every one.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or not safetensors.
+    """
+    metadata: dict[str, str] = {}
+    for file in files or ():
+        if str(file).endswith(".safetensors"):
+            with _opened(file) as handle:
+                metadata = metadata or dict(handle.metadata() or {})
+    return metadata
+
+
+def check_files(
+    files: Iterable[str], expected: Mapping[str, Any], conversions: list[Any], model: Any
+) -> None:
+    """Compare the tensors of packed layers on disk with what the manifest says, before any is read.
+
+    transformers only warns when a tensor is missing, and fills it with random numbers.
+
+    Args:
+        files: the safetensors files of the checkpoint.
+        expected: name in memory → meta tensor, for every tensor of every packed layer.
+        conversions: the renamings and converters that loading will use.
+        model: the model on meta.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape or dtype.
+    """
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    state, prefix = model.state_dict(), getattr(model, "base_model_prefix", None)
+    found: set[str] = set()
+    for file in files:
+        with _opened(file) as handle:
+            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                name, _ = rename_source_key(key, renamings, converters, prefix, state)
+                if name not in expected and key in expected:
+                    name = key
+                if name not in expected:
+                    continue
+                found.add(name)
+                stored, tensor = handle.get_slice(key), expected[name]
+                if list(stored.get_shape()) != list(tensor.shape):
+                    raise CheckpointError(
+                        f"{key} in {file} has shape {list(stored.get_shape())}, the quantization config says "
+                        f"{list(tensor.shape)}: config.json and the weights do not belong together"
+                    )
+                if tensor.is_floating_point() == (stored.get_dtype() in ("U8", "I8", "I32", "I64", "BOOL")):
+                    raise CheckpointError(f"{key} in {file} is {stored.get_dtype()}, {tensor.dtype} is needed")
+    missing = sorted(set(expected) - found)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(f"the checkpoint lacks {', '.join(missing[:3])}{more}: it is incomplete")

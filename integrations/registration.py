@@ -1,0 +1,52 @@
+"""Tells transformers, diffusers and peft about hfq. Imported by the import hook when one of them is imported.
+
+Imports only base classes: the engine, the kernels and the model classes come with the first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+__all__ = ["install_environment", "register_diffusers", "register_peft", "register_transformers"]
+
+
+def register_transformers() -> None:
+    """Enter ``"hfq"`` in transformers' tables of configs and quantizers. Idempotent."""
+    from hfq.integrations.transformers import HfqHfQuantizer
+    from transformers.quantizers import auto
+
+    from hfq.config import QUANT_METHOD, HfqConfig
+
+    # Direct entries: the decorators refuse a name that exists, which a reloaded hfq would meet.
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[str(QUANT_METHOD)] = HfqConfig
+    auto.AUTO_QUANTIZER_MAPPING[str(QUANT_METHOD)] = HfqHfQuantizer
+    if HfqConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (HfqConfig,)
+
+
+def register_diffusers() -> None:
+    """Enter ``"hfq"`` in diffusers' two dictionaries. Idempotent."""
+    from diffusers.quantizers import auto
+    from hfq.integrations.diffusers import HfqDiffusersQuantizer
+
+    from hfq.config import QUANT_METHOD, HfqConfig
+
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[str(QUANT_METHOD)] = HfqConfig
+    auto.AUTO_QUANTIZER_MAPPING[str(QUANT_METHOD)] = HfqDiffusersQuantizer
+
+
+def register_peft() -> None:
+    """Teach peft the packed layers, where this version of hfq has the adapters."""
+    if importlib.util.find_spec("hfq.integrations.peft") is not None:
+        importlib.import_module("hfq.integrations.peft").register()
+
+
+def install_environment() -> None:
+    """Give ``hfq.api`` what it needs from the libraries: placement, tokenizers, data sets, progress bars."""
+    from hfq.integrations import environment
+
+    from hfq import api
+
+    if api.environment().attach is None:
+        api.install(environment.make())
