@@ -1,4 +1,9 @@
-"""How packed weights multiply: one entry point an operation, the fastest backend that can serve it behind it."""
+"""How packed weights multiply: one entry point an operation, the fastest backend that can serve it behind it.
+
+    runtime = prepare(PackedWeight(...), dtype=torch.float32)     # once, at load
+    y = linear(x, runtime, bias)                                  # x [..., in], y [..., out]
+    for line in explain(runtime, M=1): ...                        # which backend, and why no other
+"""
 
 from __future__ import annotations
 
@@ -6,17 +11,55 @@ from typing import Literal
 
 import torch
 
+from hfq.errors import KernelError
 from hfq.formats import affine, bitpack
+from hfq.kernels import cpu, cpu_int8, dispatch, ops
+from hfq.kernels.dispatch import FORCED, Choice, table, use
+from hfq.kernels.isa import isa
 from hfq.kernels.layouts import LAYOUTS
 from hfq.kernels.packed import PackedWeight, Runtime
 
-__all__ = ["PackedWeight", "Runtime", "dequantize", "embedding", "linear", "prepare"]
+__all__ = [
+    "Choice", "PackedWeight", "Runtime", "dequantize", "embedding", "explain", "linear", "prepare", "table", "use",
+]
+
+Memory = Literal["compact", "cached"]
 
 
-def prepare(packed: PackedWeight, *, dtype: torch.dtype, memory: Literal["compact", "cached"] = "compact") -> Runtime:
-    """The runtime form of ``packed`` on the device where it lies."""
+def _prepare_case(packed: PackedWeight, M: int, dtype: torch.dtype, device: str, memory: Memory) -> dispatch.Case:
+    fits = device == "cpu" and packed.spec.bits > 4 and cpu_int8.offset_fits(packed)
+    return dispatch.Case(
+        "wna16", device, dtype, packed.spec.bits, M, packed.out_features, packed.in_features,
+        packed.spec.group_length(packed.in_features), None, memory == "cached", isa(), fits,
+    )
+
+
+def prepare(packed: PackedWeight, *, dtype: torch.dtype, memory: Memory = "compact") -> Runtime:
+    """Make the runtime form of ``packed`` for the device where it lies.
+
+    Args:
+        packed: the canonical form; its tensors may be dropped afterwards, scales and zero points are shared.
+        dtype: dtype of the activations that will come.
+        memory: ``"compact"`` keeps packed codes only; ``"cached"`` also keeps a float copy for larger batches, whose
+            bytes are in ``Runtime.nbytes``.
+
+    Raises:
+        CheckpointError: the tensors do not have the shapes that the spec asks for.
+        KernelError: a forced backend cannot serve this weight, or ``HFQ_STRICT=1`` and only a slow one can.
+    """
+    if memory not in ("compact", "cached"):
+        raise KernelError(f"memory={memory!r}: 'compact' or 'cached'")
     packed.check()
-    return LAYOUTS["canonical"].make(packed, dtype)
+    if packed.qweight.is_meta or not packed.qweight.numel():
+        return LAYOUTS["canonical"].make(packed, dtype)
+    row = dispatch.choose(_prepare_case(packed, 1, dtype, packed.qweight.device.type, memory), packed.name)
+    runtime = LAYOUTS["canonical" if row.layout == "*" else row.layout].make(packed, dtype)
+    if memory == "cached" and packed.qweight.device.type == "cpu":
+        runtime.tensors["copy"] = cpu.float_copy(runtime)
+        runtime.cached = True
+        note = f"float copy ({str(runtime.tensors['copy'].dtype).removeprefix('torch.')}) kept besides"
+        runtime.bytes_note = "; ".join(filter(None, (runtime.bytes_note, note)))
+    return runtime
 
 
 def _runtime(weight: PackedWeight | Runtime, dtype: torch.dtype) -> Runtime:
@@ -24,13 +67,46 @@ def _runtime(weight: PackedWeight | Runtime, dtype: torch.dtype) -> Runtime:
 
 
 def linear(x: torch.Tensor, weight: PackedWeight | Runtime, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ W.T + bias`` on packed codes: ``x`` ``[..., in_features]`` to ``[..., out_features]``, dtype of ``x``."""
-    runtime = _runtime(weight, x.dtype)
-    return LAYOUTS[runtime.layout].linear(x, runtime, bias)
+    """``x @ W.T + bias`` on packed codes.
+
+    Args:
+        x: ``[..., in_features]``, float32, bfloat16 or float16 (others take the reference), any strides.
+        weight: prepared (fast) or canonical.
+        bias: ``[out_features]`` of any float dtype, or ``None``.
+
+    Returns:
+        ``[..., out_features]``, contiguous, dtype of ``x``. Differentiable in ``x`` and ``bias``.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not torch.Tensor
+        or x.is_meta
+        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+    ):
+        return ops.call(x, _runtime(weight, x.dtype), bias)
+    runtime = weight if weight.__class__ is Runtime else _runtime(weight, x.dtype)
+    shape = x.shape
+    if shape[-1] != runtime.in_features:
+        where = f" of {runtime.name}" if runtime.name else ""
+        raise KernelError(f"x has {shape[-1]} features, the weight{where} has {runtime.in_features}")
+    x2 = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    key = (x2.shape[0], x.dtype)
+    backend = runtime.plan.get(key) if FORCED.get() is None else None
+    if backend is None:
+        if not key[0]:
+            return x.new_empty(*shape[:-1], runtime.out_features)
+        row = dispatch.choose(dispatch.case_of(runtime, key[0], x.dtype, x.device.type), runtime.name)
+        backend = dispatch.BACKENDS["wna16", row.backend]
+        if FORCED.get() is None:
+            if len(runtime.plan) > 64:
+                runtime.plan.clear()
+            runtime.plan[key] = backend
+    y = backend(x2, runtime, bias)
+    return y if len(shape) == 2 else y.view(*shape[:-1], runtime.out_features)
 
 
 def dequantize(weight: PackedWeight | Runtime, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The matrix ``[out_features, in_features]`` that the codes stand for."""
+    """The matrix ``[out_features, in_features]`` that the codes stand for, computed in float32 from the stored scales."""
     runtime = _runtime(weight, dtype)
     return LAYOUTS[runtime.layout].dequantize(runtime, dtype)
 
@@ -39,8 +115,27 @@ def embedding(ids: torch.Tensor, packed: PackedWeight, dtype: torch.dtype | None
     """Rows ``ids`` of the matrix, unpacking only those: ``[...]`` to ``[..., in_features]`` (default: scale dtype)."""
     flat = ids.reshape(-1)
     codes = bitpack.unpack(packed.qweight[flat], packed.spec.bits, packed.in_features)
-    per_tensor = packed.scale.shape[0] == 1 and packed.out_features != 1
+    per_tensor = packed.spec.group_size == 0
     scale = packed.scale if per_tensor else packed.scale[flat]
     zero = packed.zero_point if packed.zero_point is None or per_tensor else packed.zero_point[flat]
     rows = affine.decode(codes, scale, zero, packed.spec, torch.float32)
     return rows.to(dtype or packed.scale.dtype).reshape(*ids.shape, packed.in_features)
+
+
+def explain(
+    weight: PackedWeight | Runtime, M: int = 1, dtype: torch.dtype | None = None, device: str | None = None,
+    memory: Memory = "compact",
+) -> list[Choice]:
+    """Every backend of the table for ``M`` rows: the one chosen, and for each other one why not.
+
+    Args:
+        weight: a prepared weight (its layout is given) or a canonical one (as :func:`prepare` would see it).
+        M: rows of ``x``.
+        dtype: of the activations; default the one it was prepared for, float32 for a canonical weight.
+        device: device type; default where the weight lies.
+        memory: for a canonical weight, as in :func:`prepare`.
+    """
+    device = device or weight.scale.device.type
+    if isinstance(weight, Runtime):
+        return dispatch.explain(dispatch.case_of(weight, M, dtype or weight.dtype, device))
+    return dispatch.explain(_prepare_case(weight, M, dtype or torch.float32, device, memory))

@@ -1,4 +1,4 @@
-"""The table of runtime layouts: how a backend stores a weight, computes from it, and gives the canonical form back."""
+"""The table of runtime layouts: how a backend stores a weight and gives the canonical form back."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ class Layout:
     Attributes:
         make: ``(packed, dtype) -> Runtime``.
         canonical: ``runtime -> qweight`` uint8 ``[out_features, bytes]``, bit exact.
-        linear: ``(x, runtime, bias) -> y``.
         dequantize: ``(runtime, dtype) -> [out_features, in_features]``.
     """
 
     make: Callable[[PackedWeight, torch.dtype], Runtime]
     canonical: Callable[[Runtime], torch.Tensor]
-    linear: Callable[[torch.Tensor, Runtime, torch.Tensor | None], torch.Tensor]
     dequantize: Callable[[Runtime, torch.dtype], torch.Tensor]
 
 
@@ -53,6 +51,5 @@ def _make_canonical(packed: PackedWeight, dtype: torch.dtype) -> Runtime:
 register("canonical", Layout(
     make=_make_canonical,
     canonical=lambda runtime: runtime.tensors["qweight"],
-    linear=lambda x, runtime, bias: reference.linear(x, runtime.packed(), bias),
     dequantize=lambda runtime, dtype: reference.dequantize(runtime.packed(), dtype),
 ))

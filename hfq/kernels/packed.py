@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -65,6 +66,9 @@ class Runtime:
         dtype: activation dtype the layout was made for.
         nbytes: bytes of all tensors, including the shared scales and zero points.
         bytes_note: where these bytes differ from the canonical form, and why.
+        cached: holds a float copy of the weight too (``tensors["copy"]``).
+        plan: backend by ``(M, dtype)``, filled as calls come.
+        extra: what the layout derives from the fields above (padded sizes, ...).
     """
 
     layout: str
@@ -75,11 +79,13 @@ class Runtime:
     dtype: torch.dtype
     bytes_note: str = ""
     name: str = ""
-    _run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = field(default=None, repr=False)
+    cached: bool = False
+    plan: dict[tuple[int, torch.dtype], Callable[..., torch.Tensor]] = field(default_factory=dict, repr=False)
+    extra: Any = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() if t.is_contiguous() else t.nbytes for t in self.tensors.values())
+        return sum(t.nbytes for t in self.tensors.values())
 
     @property
     def scale(self) -> torch.Tensor:
