@@ -125,7 +125,8 @@ def _tables() -> list[dict[str, Any]]:
 
 
 def _distance(a: Key, b: Key) -> float:
-    return abs(math.log2(a.n * a.k / (b.n * b.k))) + (0 if a.group == b.group else 1) + (0 if a.dtype == b.dtype else 0.5)
+    size = abs(math.log2(a.n * a.k / (b.n * b.k)))
+    return size + (0 if a.group == b.group else 1) + (0 if a.dtype == b.dtype else 0.5)
 
 
 @functools.lru_cache(maxsize=4096)

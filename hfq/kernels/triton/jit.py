@@ -1,10 +1,10 @@
 """The Triton kernels of weight-only matrix products. Importing this module needs Triton.
 
-The weight is the left operand (``Y.T = W @ X.T``): the decoded weight stays in registers as operand A of the tensor core
-instruction, and the token tile may be as small as 16. Codes become floats without a conversion: shifted to the top of the
-mantissa under the exponent of ``2**bits``, they read exactly ``2**bits + code`` (for 4 bits in bfloat16:
-``(q << 3) | 0x4180`` is ``16 + q``). The offset leaves with the zero point; it is small, so that little is lost where it is
-subtracted after the product.
+The weight is the left operand (``Y.T = W @ X.T``): the decoded weight stays in registers as operand A of the tensor
+core instruction, and the token tile may be as small as 16. Codes become floats without a conversion: shifted to the top
+of the mantissa under the exponent of ``2**bits``, they read exactly ``2**bits + code`` (for 4 bits in bfloat16:
+``(q << 3) | 0x4180`` is ``16 + q``). The offset leaves with the zero point; it is small, so that little is lost where
+it is subtracted after the product.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def _unpack_asm(at, width, bits, dtype):
 
 @triton.constexpr_function
 def _unpack8_asm(at):
-    """Eight bits in bfloat16: low nibble as 16 + l, high nibble as 256 + 16 h; their sum less 272, exact in steps."""
+    """Eight bits in bfloat16: low nibble as ``16 + l`` less 272, plus the high one as ``256 + 16 h``, all exact."""
     low = f"shr.b32 t, $1, {at - 3};" if at > 3 else f"shl.b32 t, $1, {3 - at};"
     return (
-        f"{{ .reg .b32 t, lo, hi; {low} lop3.b32 lo, t, 0x00780078, 0x41804180, 0xea; shr.b32 t, $1, {at + 1}; "
+        "{ .reg .b32 t, lo, hi, one, less; mov.b32 one, 0x3f803f80; mov.b32 less, 0xc388c388; "
+        f"{low} lop3.b32 lo, t, 0x00780078, 0x41804180, 0xea; shr.b32 t, $1, {at + 1}; "
         "lop3.b32 hi, t, 0x00780078, 0x43804380, 0xea; "
-        "fma.rn.bf16x2 lo, lo, 0x3f803f80, 0xc180c180; fma.rn.bf16x2 hi, hi, 0x3f803f80, 0xc380c380; "
-        "fma.rn.bf16x2 $0, hi, 0x3f803f80, lo; }"
+        "fma.rn.bf16x2 lo, lo, one, less; fma.rn.bf16x2 $0, hi, one, lo; }"
     )
 
 
@@ -90,7 +90,7 @@ def _decoded(wa, wb, wh, J: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexp
             v = (q.to(tl.float32, bitcast=True) - 8388608.0).to(tl.bfloat16)
     elif BITS == 3:
         plane = wa if J < 8 else wb
-        if ASM and DTYPE == tl.float16:
+        if ASM and LOW + BITS == 10:  # float16
             v = tl.inline_asm_elementwise(
                 _unpack_asm(J, 2, 3, DTYPE), "=r,r,r", [plane, wh], dtype=tl.float16, is_pure=True, pack=2
             )
@@ -101,7 +101,7 @@ def _decoded(wa, wb, wh, J: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexp
         else:
             q = ((plane >> (2 * (J % 8))) & 3) | (((wh >> J) & 1) << 2)
             v = ((q << LOW) | BIAS).to(tl.int16).to(DTYPE, bitcast=True)
-    elif ASM and DTYPE == tl.float16:
+    elif ASM and LOW + BITS == 10:
         v = tl.inline_asm_elementwise(
             _unpack_asm(BITS * J, BITS, BITS, DTYPE), "=r,r", [wa], dtype=tl.float16, is_pure=True, pack=2
         )
@@ -116,29 +116,28 @@ def _decoded(wa, wb, wh, J: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexp
 
 
 @triton.jit
-def _grid_of(s_ptr, z_ptr, offs_n, n_ok, g, stride_sn, stride_sg, HAS_ZERO: tl.constexpr, MIDDLE: tl.constexpr):
-    """Scale and zero point (float32) of group g for the rows of a tile."""
-    s = tl.load(s_ptr + offs_n * stride_sn + g * stride_sg, mask=n_ok, other=0.0, eviction_policy="evict_last")
-    if HAS_ZERO:
-        z = tl.load(z_ptr + offs_n * stride_sn + g * stride_sg, mask=n_ok, other=0, eviction_policy="evict_last")
-        zero = z.to(tl.float32)
+def _parameter(ptr, offs_n, n_ok, g, stride_sn, stride_sg, USED: tl.constexpr, OTHERWISE: tl.constexpr):
+    """Scale or zero point of group g for the rows of a tile, float32; a constant where there is none."""
+    if USED:
+        value = tl.load(ptr + offs_n * stride_sn + g * stride_sg, mask=n_ok, other=0, eviction_policy="evict_last")
+        out = value.to(tl.float32)
     else:
-        zero = tl.full(s.shape, MIDDLE, tl.float32)
-    return s.to(tl.float32), zero
+        out = tl.full(offs_n.shape, OTHERWISE, tl.float32)
+    return out
 
 
 @triton.jit(do_not_specialize=["M"])
-def wna16_kernel(
+def wna16_kernel(  # noqa: C901 - branches on constants, resolved at compile time
     x_ptr, w_ptr, h_ptr, s_ptr, z_ptr, xs_ptr, b_ptr, y_ptr,
     M, N, K, W, G, stride_sn, stride_sg, NB, NB_SPLIT, NU,
     BITS: tl.constexpr, SL: tl.constexpr, FIELDS: tl.constexpr, FOLD: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, MODE: tl.constexpr, HAS_ZERO: tl.constexpr, MIDDLE: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
+    PARTIAL: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
 ):
     """One tile ``[BN rows of W, BM tokens]`` over the blocks of one split.
 
     x ``[M, K]``; w int16 ``[N, W]`` (h: the 1-bit plane ``[N, W / 2]`` of three-bit codes); scale and zero point by
-    strides; xs float32 ``[M, NU]`` (GROUP_XSUM); y ``[M, N]``, or float32 ``[SPLIT, M, N]`` when SPLIT > 1.
+    strides; xs float32 ``[M, NU]`` (GROUP_XSUM); y ``[M, N]``, or float32 ``[splits, M, N]`` when PARTIAL.
     GROUP_SIZE 0: one scale a row. FOLD: codes that share a scale, a divisor of the block.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -147,6 +146,7 @@ def wna16_kernel(
     FOLDS: tl.constexpr = BLOCK // FOLD
     PER_FOLD: tl.constexpr = FOLD // SL
     CHANNEL: tl.constexpr = GROUP_SIZE == 0
+    FUSED: tl.constexpr = MODE == ELEM or (CHANNEL and MODE == GROUP)  # one accumulator is enough
     FLOAT_ZERO: tl.constexpr = HAS_ZERO and z_ptr.dtype.element_ty != tl.uint8
     pid, pid_k = tl.program_id(0), tl.program_id(1)
     tiles_m = tl.cdiv(M, BM)
@@ -165,10 +165,12 @@ def wna16_kernel(
     first = pid_k * NB_SPLIT
     last = tl.minimum(first + NB_SPLIT, NB)
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    # Scale and zero point of the next block are fetched one iteration early: they are no operand of a dot, so the
-    # compiler does not pipeline them.
+    # What is applied after the dot is fetched one group early and carried, since the compiler pipelines only operands
+    # of a dot. What is applied before it must be loaded in the loop: a carried value would keep the compiler from
+    # decoding in the layout of the dot operand, and every decoded tile would pass through shared memory.
     g0 = 0 if CHANNEL else tl.minimum(first * BLOCK // GROUP_SIZE, G - 1)
-    s_next, z_next = _grid_of(s_ptr, z_ptr, offs_n, n_ok, g0, stride_sn, stride_sg, HAS_ZERO, MIDDLE)
+    s_next = _parameter(s_ptr, offs_n, n_ok, g0, stride_sn, stride_sg, True, 1)
+    z_next = _parameter(z_ptr, offs_n, n_ok, g0, stride_sn, stride_sg, HAS_ZERO, MIDDLE)
     for blk in range(first, last):
         k0 = tl.multiple_of(blk * BLOCK, BLOCK)
         if BITS == 3:
@@ -181,12 +183,19 @@ def wna16_kernel(
         for f in tl.static_range(FOLDS):
             s, z = s_next, z_next
             if not CHANNEL:
+                here = tl.minimum((k0 + f * FOLD) // GROUP_SIZE, G - 1)
                 ahead = tl.minimum((k0 + (f + 1) * FOLD) // GROUP_SIZE, G - 1)
-                s_next, z_next = _grid_of(s_ptr, z_ptr, offs_n, n_ok, ahead, stride_sn, stride_sg, HAS_ZERO, MIDDLE)
+                if MODE == ELEM:
+                    s = _parameter(s_ptr, offs_n, n_ok, here, stride_sn, stride_sg, True, 1)
+                else:
+                    s_next = _parameter(s_ptr, offs_n, n_ok, ahead, stride_sn, stride_sg, True, 1)
+                if MODE == GROUP_XSUM:
+                    z_next = _parameter(z_ptr, offs_n, n_ok, ahead, stride_sn, stride_sg, HAS_ZERO, MIDDLE)
+                else:
+                    z = _parameter(z_ptr, offs_n, n_ok, here, stride_sn, stride_sg, HAS_ZERO, MIDDLE)
             if MODE == GROUP_XSUM:
                 xs = tl.load(xs_row + blk * FOLDS + f, mask=m_ok, other=0.0)
-            fused: tl.constexpr = MODE == ELEM or (CHANNEL and MODE == GROUP)
-            part = acc if fused else tl.zeros((BN, BM), dtype=tl.float32)
+            part = acc if FUSED else tl.zeros((BN, BM), dtype=tl.float32)
             for i in tl.static_range(PER_FOLD):
                 at = k0 + (f * PER_FOLD + i) * SL
                 if EVEN_K:
@@ -197,13 +206,12 @@ def wna16_kernel(
                 if MODE == GROUP:
                     v = v - (z + OFF).to(DTYPE)[:, None]
                 elif MODE == ELEM:
-                    if FLOAT_ZERO:  # offset + z would round
-                        v = (v - OFF).to(DTYPE) - z.to(DTYPE)[:, None]
-                    else:
-                        v = v - (z + OFF).to(DTYPE)[:, None]
+                    if FLOAT_ZERO:
+                        v = (v - OFF).to(DTYPE)  # apart: offset + z would round
+                    v = v - (z if FLOAT_ZERO else z + OFF).to(DTYPE)[:, None]
                     v = v * s.to(DTYPE)[:, None]
                 part = tl.dot(v, x, part)
-            if fused:
+            if FUSED:
                 acc = part
             elif MODE == GROUP_XSUM:
                 part -= (z + OFF)[:, None] * xs[None, :]
@@ -215,7 +223,7 @@ def wna16_kernel(
 
     ok = n_ok[:, None] & m_ok[None, :]
     out = offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-    if SPLIT > 1:
+    if PARTIAL:
         tl.store(y_ptr + pid_k.to(tl.int64) * M * N + out, acc, mask=ok)
     else:
         if HAS_BIAS:
@@ -284,7 +292,8 @@ def dequant_kernel(
         v = (q.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0  # exact, without a conversion
         if UNIFORM:
             g = 0 if GROUP_SIZE == 0 else tl.minimum(k // GROUP_SIZE, G - 1)
-            s, z = _grid_of(s_ptr, z_ptr, rows, n_ok, g, stride_sn, stride_sg, HAS_ZERO, MIDDLE)
+            s = _parameter(s_ptr, rows, n_ok, g, stride_sn, stride_sg, True, 1)
+            z = _parameter(z_ptr, rows, n_ok, g, stride_sn, stride_sg, HAS_ZERO, MIDDLE)
             v = (v - z[:, None]) * s[:, None]
         else:
             g = tl.minimum((k + offs_t) // GROUP_SIZE, G - 1)

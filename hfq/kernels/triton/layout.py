@@ -1,13 +1,14 @@
 """Slice-planar words: the form in which the Triton kernels read codes.
 
-A word is an int16 that holds ``c = 16 // width`` codes. For a pack block ``B`` of ``P = c * slice`` codes of a row, word
-``t`` and field ``j``::
+A word is an int16 that holds ``c = 16 // width`` codes. For a pack block ``B`` of ``P = c * slice`` codes of a row,
+word ``t`` and field ``j``::
 
     word[n, B * slice + t] >> (width * j) & (2**width - 1) == code[n, B * P + j * slice + t]
 
-so field ``j`` of a tile of words is a *contiguous* slice of the row, and multiplies a contiguous slice of the activations
-without any interleaving. Three-bit codes are a plane of two bits and a plane of one bit; 5-, 6- and 7-bit codes are stored
-in 8 bits (in memory only). Rows are padded with code 0 to a whole block; the kernels mask the activations there.
+so field ``j`` of a tile of words is a *contiguous* slice of the row, and multiplies a contiguous slice of the
+activations without any interleaving. Three-bit codes are a plane of two bits and a plane of one bit; 5-, 6- and 7-bit
+codes are stored in 8 bits (in memory only). Rows are padded with code 0 to a whole block; the kernels mask the
+activations there.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ from hfq.kernels.triton import config as configs
 from hfq.kernels.triton.config import Config, Key
 from hfq.kernels.triton.layout import WordLayout, choose, pack_words, unpack_words
 
-__all__ = ["available", "canonical", "constraint", "dequantize", "explain", "linear", "prepare", "run_dequant", "run_fused"]
+__all__ = [
+    "available", "canonical", "constraint", "dequantize", "explain", "linear", "prepare", "run_dequant", "run_fused",
+]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -53,7 +55,7 @@ def constraint(packed: PackedWeight | Runtime) -> str:
     """Why the matrix kernel cannot serve this format (the dequantizer then does); empty if it can."""
     if _layout(packed).fold:
         return ""
-    return f"group_size {packed.spec.group_size} is not a multiple of 16: use such a group size, or one scale per channel"
+    return f"group_size {packed.spec.group_size} is not a multiple of 16: use one that is, or one scale per channel"
 
 
 def prepare(packed: PackedWeight, dtype: torch.dtype) -> Runtime:
@@ -69,7 +71,7 @@ def prepare(packed: PackedWeight, dtype: torch.dtype) -> Runtime:
     if packed.zero_point is not None:
         tensors["zero_point"] = packed.zero_point.t().contiguous().t()
     stored = sum(p.nbytes for p in planes)
-    note = f"words of {layout.bits} bits, rows padded to {layout.padded}: {stored} bytes for {packed.qweight.nbytes} packed"
+    note = f"{layout.bits}-bit words, rows padded to {layout.padded}: {stored} bytes for {packed.qweight.nbytes} packed"
     return Runtime("triton", tensors, packed.spec, packed.in_features, packed.out_features, dtype, note, packed.name)
 
 
@@ -85,7 +87,7 @@ def _weight_args(runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor | None, t
 
 
 def linear(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ W.T + bias``: ``x`` ``[..., in_features]`` float16, bfloat16 or float32 to ``[..., out_features]``, dtype of x."""
+    """``x @ W.T + bias``: ``x`` ``[..., in_features]`` (16-bit floats or float32) to ``[..., out_features]``, same dtype."""
     layout = _layout(runtime)
     words, high, scale, zero = _weight_args(runtime)
     return torch.ops.hfq.triton_wna16(
@@ -150,7 +152,7 @@ def run_fused(
     x: torch.Tensor, words: torch.Tensor, high: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor | None,
     bias: torch.Tensor | None, layout: WordLayout, group: int, middle: int, config: Config, asm: bool | None = None,
 ) -> torch.Tensor:
-    """One product with the configuration given: ``x`` ``[M, K]``, contiguous, float16 or bfloat16; returns ``[M, N]``."""
+    """One product with the configuration given: ``x`` ``[M, K]``, contiguous, float16 or bfloat16; ``[M, N]``."""
     from hfq.kernels.triton import jit
 
     (m, k), n = x.shape, words.shape[0]
@@ -162,7 +164,8 @@ def run_fused(
     if mode == configs.MODES["group+xsum"]:
         sums = torch.empty(m, units, dtype=torch.float32, device=x.device)
         per_program = max(1, 2048 // layout.fold)
-        jit.xsum_kernel[(m, -(-units // per_program))](x, sums, k, units, FOLD=layout.fold, ROWS=per_program, num_warps=4)
+        grid = (m, -(-units // per_program))
+        jit.xsum_kernel[grid](x, sums, k, units, FOLD=layout.fold, ROWS=per_program, num_warps=4)
     per_split = -(-layout.blocks // config.split)
     split = -(-layout.blocks // per_split)  # no empty split
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -173,7 +176,7 @@ def run_fused(
         x if bias is None else bias, target,
         m, n, k, words.shape[1], scale.shape[1], stride_sn, stride_sg, layout.blocks, per_split, units,
         BITS=layout.bits, SL=layout.slice, FIELDS=layout.fields, FOLD=layout.fold, GROUP_SIZE=group,
-        BN=config.bn, BM=config.bm, MODE=mode, HAS_ZERO=zero is not None, MIDDLE=middle, SPLIT=split,
+        BN=config.bn, BM=config.bm, MODE=mode, HAS_ZERO=zero is not None, MIDDLE=middle, PARTIAL=split > 1,
         EVEN_K=k == layout.padded, HAS_BIAS=bias is not None, ASM=(not _INTERPRETED) if asm is None else asm,
         num_warps=config.warps, num_stages=config.stages,
     )
