@@ -1,0 +1,327 @@
+"""Second moments of the inputs of sites: ``H = (2 / N) X^T diag(w) X`` over the rows of the calibration data.
+
+Products are fp32, one a batch; their sum is kept in float64, reduced over all processes once, and handed out in float32:
+so the order of the batches, and how they were split over processes, does not show in the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from hfq.calibration import ranks
+from hfq.calibration.capture import Stop, device_of, to_device
+from hfq.calibration.step import Step, input_rows, routing
+from hfq.errors import QuantizationError
+
+__all__ = ["Hessian", "Hessians", "collect"]
+
+
+@dataclass(eq=False)
+class Hessian:
+    """Second moment of a site's input.
+
+    Attributes:
+        matrix: float32 ``[K, K]``, ``(2 / N) sum w x x^T``. For an embedding twice the identity: each row's output is its weight.
+        tokens: rows ``N`` that it was summed over, padding not counted.
+        counts: for an embedding, how often each row was read (int64 ``[num_embeddings]``).
+    """
+
+    matrix: torch.Tensor
+    tokens: int
+    counts: torch.Tensor | None = None
+
+
+Hessians = dict[str, Any]  # site name -> Hessian; for experts: parameter name -> list of Hessian, one an expert
+
+
+@dataclass
+class _Sum:
+    """A running sum; ``key`` is ``(site, parameter, expert)``."""
+
+    matrix: torch.Tensor | None = None
+    tokens: int = 0
+    followers: list[str] = field(default_factory=list)
+
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None, keep: torch.Tensor | None) -> None:
+        if keep is not None:
+            keep = keep.to(x.device)
+            x, weights = x[keep], None if weights is None else weights.to(x.device)[keep]
+        x = x.float()
+        left = x if weights is None else x * weights.to(x.device, torch.float32)[:, None]
+        with _exact():
+            product = left.t() @ x
+        if self.matrix is None:
+            self.matrix = torch.zeros_like(product, dtype=torch.float64)
+        self.matrix += product
+        self.tokens += x.shape[0]
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """Products of fp32 in fp32: the shortened formats of some GPUs lose the small directions."""
+    old = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = old
+
+
+def collect(step: Step, sites: Sequence[Any] | None = None, weights: Sequence[torch.Tensor] | None = None) -> Hessians:
+    """Second moments of the inputs of ``sites`` over the quantized stream of ``step``.
+
+    Args:
+        step: the block.
+        sites: sites of the block (or their names); default all. Sites that read the same tensor get the same object.
+        weights: importance of the tokens, one ``[B, T]`` a call; padded positions are left out whatever their weight.
+
+    Returns:
+        site name to ``Hessian``; for a bank of experts parameter name to a list of ``Hessian``.
+
+    Raises:
+        QuantizationError: a site is never reached, its kind has no second moment, or it saw fewer rows than the floor.
+    """
+    found = [step._site(site) for site in (step.block.sites if sites is None else sites)]
+    if weights is not None and len(weights) != len(step):
+        raise QuantizationError(f"{len(weights)} token weights for {len(step)} batches")
+    sums = _Collector(step, found, weights).run()
+    result = _finish(step, found, sums)
+    step.reduce_tokens()
+    return result
+
+
+class _Collector:
+    """Runs the block over all batches with hooks on the sites."""
+
+    def __init__(self, step: Step, sites: list[Any], weights: Sequence[torch.Tensor] | None) -> None:
+        self.step, self.sites, self.weights = step, sites, weights
+        self.sums: dict[tuple[str, str, int], _Sum] = {}
+        self.leader: dict[str, str] | None = None
+        self.pending: list[tuple[Any, torch.Tensor]] = []
+        self.calls: list[str] = []
+        self.limit: int | None = None
+        self.now = 0
+
+    def run(self) -> dict[tuple[str, str, int], _Sum]:
+        plain = [site for site in self.sites if site.kind != "experts"]
+        banks = [site for site in self.sites if site.kind == "experts"]
+        handles = [site.module.register_forward_pre_hook(self._hook(site), with_kwargs=True) for site in plain]
+        try:
+            with contextlib.ExitStack() as stack:
+                for bank in banks:
+                    stack.enter_context(_Bank(bank, self))
+                for i in range(len(self.step)):
+                    self._one(i, early=not banks)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self.sums
+
+    def _one(self, i: int, early: bool) -> None:
+        self.now, self.calls = i, []
+        args, kwargs = to_device(self.step.inputs[i], device_of(self.step.block.module))
+        try:
+            with torch.no_grad(), self.step._counting(i):
+                self.step.block.module(*args, **kwargs)
+        except Stop:
+            pass
+        if self.leader is None:
+            self._lead()
+            # A later pass ends as soon as the last wanted site was called.
+            self.limit = len(self.calls) if early and self.calls else None
+
+    def _hook(self, site: Any) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            self.calls.append(site.name)
+            if self.leader is None:
+                self.pending.append((site, x))
+            elif self.leader[site.name] == site.name:
+                self.add(site, x)
+            if self.limit is not None and len(self.calls) == self.limit:
+                raise Stop
+
+        return hook
+
+    def _lead(self) -> None:
+        """After the first batch: sites whose inputs are the same objects share one sum."""
+        inputs: dict[str, list[int]] = {}
+        for site, x in self.pending:
+            inputs.setdefault(site.name, []).append(id(x))
+        self.leader, first = {}, {}
+        kinds = {site.name: site.kind for site, _ in self.pending}
+        for name, ids in inputs.items():
+            shared = ("matrix" if kinds[name] in ("linear", "transposed") else name, tuple(ids))
+            self.leader[name] = first.setdefault(shared, name)
+        for site, x in self.pending:
+            if self.leader[site.name] == site.name:
+                self.add(site, x)
+        for name, leader in self.leader.items():
+            self.sums[leader, "", 0].followers.append(name)
+        self.pending = []
+
+    def add(self, site: Any, x: torch.Tensor) -> None:
+        total = self.sums.setdefault((site.name, "", 0), _Sum())
+        if site.kind == "embedding":
+            seen = torch.bincount(x.reshape(-1), minlength=site.in_features)
+            total.matrix = seen if total.matrix is None else total.matrix + seen
+            total.tokens += x.numel()
+            return
+        if site.kind == "conv":
+            total.add(_patches(site, x), None, None)
+            return
+        weights, keep = self.rows(x)
+        if self.weights is not None and weights is None:
+            raise QuantizationError(f"{site.name}: its input {list(x.shape)} has other rows than the block, so tokens cannot be weighted")
+        total.add(x.reshape(-1, x.shape[-1]), weights, keep)
+
+    def rows(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Weights and padding mask for the rows of ``x``, flat."""
+        hidden = self.step.hidden(self.now)
+        mask = self.step.mask(self.now, tuple(x.shape)) if x.ndim >= 3 else self.step.mask(self.now)
+        keep = None if mask is None else input_rows(x, hidden, mask)
+        weights = None if self.weights is None else input_rows(x, hidden, self.weights[self.now])
+        return weights, keep
+
+
+def _patches(site: Any, x: torch.Tensor) -> torch.Tensor:
+    """The rows that a convolution multiplies with its flattened kernel, ``[positions, in_channels * kernel]``."""
+    conv = site.module
+    if conv.groups != 1 or isinstance(conv, nn.Conv3d) or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        raise QuantizationError(f"{site.name}: no second moment for a convolution with groups, three axes or special padding")
+    kernel, stride, pad, dilation = (tuple(v) for v in (conv.kernel_size, conv.stride, conv.padding, conv.dilation))
+    if isinstance(conv, nn.Conv1d):
+        x = x.unsqueeze(-2)
+        kernel, stride, pad, dilation = (1, *kernel), (1, *stride), (0, *pad), (1, *dilation)
+    columns = nn.functional.unfold(x.float(), kernel, dilation=dilation, padding=pad, stride=stride)
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+
+_PRODUCTS = {nn.functional.linear: 1, torch.matmul: 1, torch.Tensor.matmul: 1, torch.Tensor.__matmul__: 1, torch.mm: 1}
+
+
+class _Bank(TorchFunctionMode):
+    """Sees which expert's matrix each product inside a bank of experts uses, and with which rows."""
+
+    def __init__(self, site: Any, collector: _Collector) -> None:
+        super().__init__()
+        self.site, self.collector = site, collector
+        self.parameters = {name: getattr(site.module, name) for name in site.tensors}
+        self.slices: dict[str, tuple[torch.Tensor, int]] = {}
+        self.order: list[torch.Tensor] = []
+        self.handles: list[Any] = []
+        self.saved: tuple[Any, Any] | None = None
+
+    def __enter__(self) -> Any:
+        # Fused implementations hide the experts; the plain loop over them is the reference.
+        config = getattr(self.site.module, "config", None)
+        if getattr(config, "_experts_implementation", "eager") not in (None, "eager"):
+            self.saved = (config, config._experts_implementation)
+            config._experts_implementation = "eager"
+        self.handles.append(self.site.module.register_forward_pre_hook(self._enter_bank, with_kwargs=True))
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        for handle in self.handles:
+            handle.remove()
+        if self.saved is not None:
+            self.saved[0]._experts_implementation = self.saved[1]
+
+    def _enter_bank(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.hidden = args[0] if args else kwargs["hidden_states"]
+        self.chosen = routing(module, args, kwargs)
+        self.token_of: dict[int, torch.Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is torch.Tensor.__getitem__:
+            for name, parameter in self.parameters.items():
+                if args[0] is parameter and out.ndim == 2:
+                    self.slices[name] = (out, int(args[1]))
+        elif func in _PRODUCTS:
+            second = args[1] if len(args) > 1 else kwargs.get("weight")
+            for name, (matrix, expert) in self.slices.items():
+                if second is matrix:
+                    self._add(name, expert, args[0])
+        return out
+
+    def _add(self, name: str, expert: int, x: torch.Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        total = self.collector.sums.setdefault((self.site.name, name, expert), _Sum())
+        weights, keep = self.collector.rows(self.hidden.reshape(-1, self.hidden.shape[-1]))
+        if weights is None and keep is None:
+            if self.collector.weights is not None:
+                raise QuantizationError(f"{self.site.name}: its rows are not those of the block, so tokens cannot be weighted")
+            total.add(rows, None, None)
+            return
+        tokens = self._tokens(expert, rows)
+        total.add(rows, None if weights is None else weights.to(tokens.device)[tokens], None if keep is None else keep.to(tokens.device)[tokens])
+
+    def _tokens(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        """Which tokens the rows of an expert are: found for its first product by comparing, then remembered."""
+        if expert not in self.token_of:
+            if self.chosen is None:
+                raise QuantizationError(f"{self.site.name}: the routing is not visible, so padded or weighted tokens cannot be told apart")
+            hit = self.chosen == expert
+            hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
+            for tokens in (torch.where(hit.t())[1], torch.where(hit)[0]):
+                if tokens.shape[0] == rows.shape[0] and (rows.shape[-1] != hidden.shape[-1] or torch.equal(hidden[tokens], rows)):
+                    self.token_of[expert] = tokens
+                    break
+            else:
+                raise QuantizationError(f"{self.site.name}: the rows of expert {expert} do not match the routing")
+        return self.token_of[expert]
+
+
+def _finish(step: Step, sites: list[Any], sums: dict[tuple[str, str, int], _Sum]) -> Hessians:
+    """Reduce over processes, divide, and hand the shared sums to all their sites."""
+    shapes = {key: (tuple(s.matrix.shape), s.matrix.dtype, s.followers) for key, s in sums.items() if s.matrix is not None}
+    for other in ranks.gather(shapes):
+        shapes.update(other)
+    device = device_of(step.block.module)
+    result: Hessians = {}
+    by_name = {site.name: site for site in sites}
+    for key in sorted(shapes):
+        name, parameter, expert = key
+        shape, dtype, followers = shapes[key]
+        total = sums.get(key) or _Sum()
+        matrix = torch.zeros(shape, dtype=dtype, device=device) if total.matrix is None else total.matrix
+        ranks.sum_(matrix)
+        tokens = int(ranks.sum_(torch.tensor(total.tokens, device=device)))
+        if parameter:
+            entry = Hessian((matrix * (2 / max(tokens, 1))).float(), tokens)
+            result.setdefault(name, {}).setdefault(parameter, {})[expert] = entry
+            continue
+        if by_name[name].kind == "embedding":
+            shared = Hessian(2 * torch.eye(by_name[name].out_features, device=device), tokens, matrix)
+        else:
+            shared = Hessian((matrix * (2 / max(tokens, 1))).float(), tokens)
+        result.update(dict.fromkeys(followers or [name], shared))
+    for site in sites:
+        _complete(site, result, device)
+    return {site.name: result[site.name] for site in sites}
+
+
+def _complete(site: Any, result: Hessians, device: torch.device) -> None:
+    if site.kind == "experts" and site.name in result:
+        for name in site.tensors:
+            per, parameter = result[site.name].get(name, {}), getattr(site.module, name)
+            if not per:
+                raise QuantizationError(f"{site.name}.{name}: no product with its matrices was seen")
+            width = next(iter(per.values())).matrix.shape[0]
+            empty = Hessian(torch.zeros(width, width, device=device), 0)
+            result[site.name][name] = [per.get(e, empty) for e in range(parameter.shape[0])]
+    if site.name not in result:
+        raise QuantizationError(
+            f"{site.name}: its module is never called in this block (the data does not reach it, or its weight is read directly); "
+            "leave it out with modules_to_not_convert or use other data"
+        )

@@ -1,0 +1,164 @@
+"""Ranges of activations over a stream: minimum and maximum, largest magnitude, percentile, least squared error.
+
+Every observer takes tensors one at a time (``update``), merges over processes once (``reduce``), and answers with
+``range() -> (low, high)``, tensors of the observed shape (a scalar, or one number a channel of ``axis``).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hfq.calibration import ranks
+from hfq.errors import DataError
+
+__all__ = ["AbsMax", "Histogram", "MinMax", "Mse", "Observer", "Percentile"]
+
+
+class Observer:
+    """Base: refuses what is not finite and what was never fed."""
+
+    def update(self, x: torch.Tensor) -> None:
+        if x.numel() == 0:
+            return
+        if not torch.isfinite(x).all():
+            raise DataError("an observed activation has NaN or infinite elements")
+        self._update(x.detach().float())
+
+    def _update(self, x: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def reduce(self) -> None:
+        """Merge over all processes; to be called once, by every process."""
+
+
+class MinMax(Observer):
+    """Smallest and largest element, of the tensor (``axis=None``) or of each channel along ``axis``."""
+
+    def __init__(self, axis: int | None = None) -> None:
+        self.axis = axis
+        self.low: torch.Tensor | None = None
+        self.high: torch.Tensor | None = None
+
+    def _update(self, x: torch.Tensor) -> None:
+        rows = x.reshape(-1, 1) if self.axis is None else x.movedim(self.axis, -1).reshape(-1, x.shape[self.axis])
+        low, high = rows.amin(0), rows.amax(0)
+        if self.axis is None:
+            low, high = low[0], high[0]
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.low is None or self.high is None:
+            raise DataError("an observer was asked for a range before it saw data")
+        return self.low, self.high
+
+    def reduce(self) -> None:
+        low, high = self.range()
+        self.low, self.high = -ranks.max_(-low), ranks.max_(high.clone())
+
+
+class AbsMax(MinMax):
+    """Largest magnitude: a range symmetric around zero."""
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = super().range()
+        top = torch.maximum(-low, high)
+        return -top, top
+
+
+class Histogram(Observer):
+    """Counts in equal bins over ``[-2**k, 2**k]``; ``k`` grows as needed by merging pairs of bins, so that the order of
+    the data does not change the result."""
+
+    def __init__(self, bins: int = 8192) -> None:
+        if bins < 4 or bins % 4:
+            raise DataError(f"bins={bins}: a multiple of 4 is needed")
+        self.bins = bins
+        self.exponent: int | None = None
+        self.counts = torch.zeros(bins, dtype=torch.float64)
+        self.exact = MinMax()
+
+    def _update(self, x: torch.Tensor) -> None:
+        self.exact._update(x)
+        top = float(x.abs().max())
+        self._grow(max(-40, int(torch.tensor(max(top, 1e-30)).log2().ceil())))
+        assert self.exponent is not None
+        limit = 2.0**self.exponent
+        self.counts += torch.histc(x, self.bins, -limit, limit).double().cpu()
+
+    def _grow(self, exponent: int) -> None:
+        if self.exponent is None:
+            self.exponent = exponent
+        while self.exponent < exponent:
+            half = self.bins // 4
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts = torch.nn.functional.pad(merged, (half, half))
+            self.exponent += 1
+
+    def reduce(self) -> None:
+        self.exact.reduce()
+        self._grow(int(ranks.max_(torch.tensor(-(2**30) if self.exponent is None else self.exponent))))
+        ranks.sum_(self.counts)
+
+    @property
+    def centers(self) -> torch.Tensor:
+        self.exact.range()
+        limit = 2.0 ** (self.exponent or 0)
+        return (torch.arange(self.bins, dtype=torch.float64) + 0.5) * (2 * limit / self.bins) - limit
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.exact.range()
+
+    def _clip(self, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Never wider than what was seen: a bin's edge may lie outside."""
+        exact = self.exact.range()
+        return torch.tensor(low).clamp(min=exact[0].cpu()), torch.tensor(high).clamp(max=exact[1].cpu())
+
+
+class Percentile(Histogram):
+    """The range that leaves ``100 - percent`` percent of the elements outside, half on each side."""
+
+    def __init__(self, percent: float = 99.9, bins: int = 8192) -> None:
+        super().__init__(bins)
+        if not 50 < percent <= 100:
+            raise DataError(f"percent={percent}: above 50 and at most 100")
+        self.percent = percent
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.percent == 100:
+            return self.exact.range()
+        centers, cumulative = self.centers, self.counts.cumsum(0) / self.counts.sum()
+        tail = (1 - self.percent / 100) / 2
+        half = float(centers[1] - centers[0]) / 2
+        low = centers[int((cumulative <= tail).sum().clamp(max=self.bins - 1))] - half
+        high = centers[int((cumulative < 1 - tail).sum().clamp(max=self.bins - 1))] + half
+        return self._clip(float(low), float(high))
+
+
+class Mse(Histogram):
+    """The range whose grid of ``2**bits`` points has the least squared error on what was seen."""
+
+    def __init__(self, bits: int, symmetric: bool = False, bins: int = 8192, grid: int = 100) -> None:
+        super().__init__(bins)
+        self.bits, self.symmetric, self.grid = bits, symmetric, grid
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = (float(v) for v in self.exact.range())
+        low, high = min(low, 0.0), max(high, 0.0)
+        if self.symmetric:
+            high = max(-low, high)
+            low = -high
+        centers, levels = self.centers, 2**self.bits - (2 if self.symmetric and self.bits > 1 else 1)
+        best = (float("inf"), low, high)
+        for step in range(self.grid):
+            shrink = 1 - step / self.grid
+            scale = (high - low) * shrink / levels or 1.0
+            zero = round(-low * shrink / scale)
+            error = centers - ((centers / scale).round() + zero).clamp(0, levels).sub(zero) * scale
+            loss = float((error.square() * self.counts).sum())
+            if loss < best[0]:
+                best = (loss, low * shrink, high * shrink)
+        return self._clip(best[1], best[2]) if not self.symmetric else (torch.tensor(best[1]), torch.tensor(best[2]))

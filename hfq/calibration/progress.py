@@ -1,0 +1,192 @@
+"""One atomic file a finished block, so that a run killed at any point continues to the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from hfq.calibration import ranks
+from hfq.calibration.cache import digest
+from hfq.errors import CheckpointError
+from hfq.report import Report, Row
+
+__all__ = ["Progress", "state_digest"]
+
+_FINGERPRINT = "fingerprint.json"
+
+
+def state_digest(module: nn.Module) -> str:
+    """SHA-256 over names and values of all parameters and buffers."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+            total.update(name.encode() + digest(tensor))
+    return total.hexdigest()
+
+
+@contextmanager
+def _atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; the finished file appears under ``path`` at once or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Progress:
+    """The finished blocks of one run.
+
+    Args:
+        folder: made if missing.
+        fingerprint: what the result depends on (config, data hash, versions); JSON values.
+        names: the blocks in the order of the run.
+
+    Raises:
+        CheckpointError: the folder belongs to a run with another fingerprint.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any], names: list[str]) -> None:
+        self.folder = Path(folder)
+        self.names = names
+        self.fingerprint = json.loads(json.dumps({**fingerprint, "blocks": names}, sort_keys=True, default=str))
+        if ranks.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("*.tmp*"):
+                leftover.unlink(missing_ok=True)
+            self._check()
+        # Every process takes rank 0's view: it may already write while others still look.
+        self.finished: int = ranks.broadcast(self._count() if ranks.is_main() else None)
+
+    def _check(self) -> None:
+        path = self.folder / _FINGERPRINT
+        if not path.exists():
+            if any(self.folder.glob("block-*.safetensors")):
+                raise CheckpointError(f"{self.folder} holds finished blocks but no {_FINGERPRINT}: delete the folder to start over")
+            with _atomic(path) as temporary:
+                temporary.write_text(json.dumps(self.fingerprint, indent=1, sort_keys=True))
+            return
+        try:
+            saved = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path} is damaged ({error}): delete the folder to start over") from error
+        different = [key for key in sorted({*saved, *self.fingerprint}) if saved.get(key) != self.fingerprint.get(key)]
+        if different:
+            shown = "; ".join(f"{key} was {_short(saved.get(key))}, is {_short(self.fingerprint.get(key))}" for key in different)
+            raise CheckpointError(
+                f"the progress in {self.folder} belongs to another run: {shown}. Use the same settings to continue it, "
+                "or delete the folder to start over"
+            )
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"block-{self.names.index(name):05d}-{re.sub(r'[^A-Za-z0-9_.]', '_', name)[-80:]}.safetensors"
+
+    def _count(self) -> int:
+        for number, name in enumerate(self.names):
+            if not self._path(name).exists():
+                return number
+        return len(self.names)
+
+    def has(self, name: str) -> bool:
+        return self.names.index(name) < self.finished
+
+    def write(self, name: str, module: nn.Module, before: str, report: Report | None) -> None:
+        """Save the finished block ``module``; ``before`` is the ``state_digest`` that it had as a float block."""
+        if not ranks.is_main():
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        seen: set[int] = set()
+        for key, tensor in module.state_dict().items():
+            flat = tensor.detach().to("cpu").contiguous()
+            # safetensors refuses tensors that share memory.
+            tensors[key] = flat.clone() if flat.untyped_storage().data_ptr() in seen else flat
+            seen.add(flat.untyped_storage().data_ptr())
+        from hfq.layers import swap
+
+        inside = [] if report is None else [asdict(row) for row in report if _belongs(row.module, name)]
+        curves = {} if report is None else {key: curve for key, curve in report.curves.items() if _belongs(key, name)}
+        notes = [] if report is None else report.notes
+        details = {"before": before, "manifest": swap.describe(module), "rows": inside, "curves": curves, "notes": notes}
+        with _atomic(self._path(name)) as temporary:
+            save_file(tensors, temporary, metadata={"hfq": json.dumps(details)})
+
+    def install(self, name: str, module: nn.Module, report: Report | None) -> None:
+        """Turn the float block ``module`` into the finished one.
+
+        Raises:
+            CheckpointError: the float block is not the one that was quantized, or the file is damaged.
+        """
+        path = self._path(name)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                details = json.loads((file.metadata() or {})["hfq"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}): delete it to do this block and the following ones again") from error
+        if details["before"] != state_digest(module):
+            raise CheckpointError(
+                f"the progress in {self.folder} was made from other weights: {name} differs. Delete the folder to start over"
+            )
+        device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        from hfq.layers import swap
+
+        swap.build_empty(module, details["manifest"])
+        assign(module, {key: tensor.to(device) for key, tensor in tensors.items()})
+        if report is not None:
+            for row in details["rows"]:
+                report.add(Row(**row))
+            report.curves.update(details["curves"])
+            for note in details["notes"]:
+                report.note(note)
+
+
+def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put ``tensors`` into ``module``: in place where a tensor of the same form exists, as a new one elsewhere."""
+    left = set(module.state_dict())
+    for key, tensor in tensors.items():
+        left.discard(key)
+        path, _, leaf = key.rpartition(".")
+        owner = module.get_submodule(path)
+        old = owner._parameters.get(leaf, owner._buffers.get(leaf))
+        if old is not None and old.device.type != "meta" and old.shape == tensor.shape and old.dtype == tensor.dtype:
+            with torch.no_grad():
+                old.copy_(tensor)
+        elif leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            trains = old is not None and old.requires_grad and tensor.is_floating_point()
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=trains)
+    for key in left:
+        path, _, leaf = key.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = None
+
+
+def _belongs(name: str, block: str) -> bool:
+    return name == block or name.startswith(block + ".")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
