@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ Model = nn.Module | Callable[..., Any]
 
 def perplexity(
     model: Model, windows: Sequence[Sequence[int]] | Tensor, *, batch_size: int = 1,
-    progress: Callable[..., Iterable[Any]] | None = None,
+    progress: Callable[[int, str], Any] | None = None,
 ) -> float:
     """``exp`` of the mean next-token loss inside the windows; no token is predicted across a border.
 
@@ -29,7 +29,7 @@ def perplexity(
             ``.logits``.
         windows: token ids ``[W, T]``, all of one length, at least two tokens each.
         batch_size: windows a forward.
-        progress: ``progress(iterable, total, description)`` shows a bar.
+        progress: ``progress(total, description)`` opens a bar with ``update()`` and ``close()``.
 
     Returns:
         The perplexity; losses are computed in float32 and summed in float64, whatever the model computes in.
@@ -39,8 +39,8 @@ def perplexity(
     """
     batches = window_batches(windows, batch_size)
     total, count = 0.0, 0
-    shown = batches if progress is None else progress(batches, len(batches), "perplexity")
-    for ids in shown:
+    bar = None if progress is None else progress(len(batches), "perplexity")
+    for ids in batches:
         logits = logits_of(model, ids)[:, :-1].float()
         targets = ids[:, 1:].to(logits.device)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -48,6 +48,10 @@ def perplexity(
             raise DataError("the model's logits are not finite: a layer overflowed, or its weights are damaged")
         total += losses.double().sum().item()
         count += losses.numel()
+        if bar is not None:
+            bar.update()
+    if bar is not None:
+        bar.close()
     mean = total / count
     return math.exp(mean) if mean < 700 else math.inf
 

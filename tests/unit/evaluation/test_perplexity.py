@@ -42,12 +42,18 @@ def test_half_precision_logits_are_scored_in_float32():
 def test_progress_sees_every_batch():
     seen = []
 
-    def progress(items, total, description):
-        seen.append((total, description))
-        yield from items
+    class Bar:
+        def __init__(self, total, description):
+            seen.append((total, description))
 
-    perplexity(successor, WINDOWS, progress=progress)
-    assert seen == [(2, "perplexity")]
+        def update(self):
+            seen.append("update")
+
+        def close(self):
+            seen.append("close")
+
+    perplexity(successor, WINDOWS, progress=Bar)
+    assert seen == [(2, "perplexity"), "update", "update", "close"]
 
 
 @pytest.mark.parametrize("windows", [[], [[1]], [[1, 2], [1, 2, 3]]])
