@@ -27,7 +27,9 @@ TreePath = tuple[Any, ...]
 _CONTENT_LIMIT = 64 << 20
 
 
-def leaves(tree: Any, kinds: type | tuple[type, ...] = torch.Tensor, path: TreePath = ()) -> Iterator[tuple[TreePath, Any]]:
+def leaves(
+    tree: Any, kinds: type | tuple[type, ...] = torch.Tensor, path: TreePath = ()
+) -> Iterator[tuple[TreePath, Any]]:
     """Every leaf of one of ``kinds`` with its path, in a fixed order."""
     if isinstance(tree, kinds):
         yield path, tree
@@ -39,7 +41,12 @@ def leaves(tree: Any, kinds: type | tuple[type, ...] = torch.Tensor, path: TreeP
             yield from leaves(item, kinds, (*path, key))
 
 
-def rebuild(tree: Any, change: Callable[[TreePath, Any], Any], kinds: type | tuple[type, ...] = torch.Tensor, path: TreePath = ()) -> Any:
+def rebuild(
+    tree: Any,
+    change: Callable[[TreePath, Any], Any],
+    kinds: type | tuple[type, ...] = torch.Tensor,
+    path: TreePath = (),
+) -> Any:
     """The same tree with ``change(path, leaf)`` in place of every leaf of one of ``kinds``."""
     if isinstance(tree, kinds):
         return change(path, tree)
@@ -197,7 +204,11 @@ class ActivationCache(Sequence[tuple[tuple[Any, ...], dict[str, Any]]]):
     """
 
     def __init__(
-        self, store: Store, calls: Sequence[Any], stream: Sequence[Sequence[Stored]] | None = None, main: TreePath | None = None
+        self,
+        store: Store,
+        calls: Sequence[Any],
+        stream: Sequence[Sequence[Stored]] | None = None,
+        main: TreePath | None = None,
     ) -> None:
         self.store, self.calls, self.main = store, list(calls), main
         self.stream = [()] * len(self.calls) if stream is None else list(stream)

@@ -14,7 +14,18 @@ from torch import nn
 from hfq.calibration.cache import leaves, rebuild
 from hfq.errors import DataError
 
-__all__ = ["Stop", "calls_of", "device_of", "first_tensor", "forward", "quiet", "recording", "row_of", "to_device", "without_caches"]
+__all__ = [
+    "Stop",
+    "calls_of",
+    "device_of",
+    "first_tensor",
+    "forward",
+    "quiet",
+    "recording",
+    "row_of",
+    "to_device",
+    "without_caches",
+]
 
 Tree = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -51,7 +62,10 @@ def first_tensor(tree: Any) -> tuple[Any, ...]:
     paths = [path for path, tensor in leaves(tree) if tensor.is_floating_point()]
     if not paths:
         raise DataError("a block is called with, or returns, no floating-point tensor")
-    return next((path for path in paths if path and path[-1] == "hidden_states" and path[0] == 1 and (0, 0) not in paths), paths[0])
+    return next(
+        (path for path in paths if path and path[-1] == "hidden_states" and path[0] == 1 and (0, 0) not in paths),
+        paths[0],
+    )
 
 
 def row_of(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,21 +130,25 @@ def forward(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def recording(
-    blocks: Sequence[Any], before: Callable[[Any, Tree], None] | None = None, after: Callable[[Any, Any], None] | None = None
+    blocks: Sequence[Any],
+    before: Callable[[Any, Tree], None] | None = None,
+    after: Callable[[Any, Any], None] | None = None,
 ) -> Iterator[None]:
     """Call ``before(block, (args, kwargs))`` and ``after(block, output)`` whenever a block runs.
 
-    ``before`` sees what the caller passed, ahead of any other hook, so that calling the block with it does the same again.
+    ``before`` sees what the caller passed, ahead of any other hook: calling the block with it does the same again.
     """
     handles = []
     try:
         for block in blocks:
             if before is not None:
+
                 def pre(_: nn.Module, args: Any, kwargs: Any, block: Any = block) -> None:
                     before(block, without_caches((args, kwargs)))
 
                 handles.append(block.module.register_forward_pre_hook(pre, with_kwargs=True, prepend=True))
             if after is not None:
+
                 def post(_: nn.Module, args: Any, output: Any, block: Any = block) -> None:
                     after(block, output)
 
@@ -141,7 +159,9 @@ def recording(
             handle.remove()
 
 
-def calls_of(model: nn.Module, blocks: Sequence[Any], batch: Mapping[str, Any], expected: Mapping[str, int]) -> list[tuple[str, Tree]]:
+def calls_of(
+    model: nn.Module, blocks: Sequence[Any], batch: Mapping[str, Any], expected: Mapping[str, int]
+) -> list[tuple[str, Tree]]:
     """The calls of ``blocks`` in one forward pass, ended as soon as all expected calls were seen."""
     found: list[tuple[str, Tree]] = []
     total = sum(expected[block.name] for block in blocks)

@@ -1,8 +1,8 @@
 """Stacks in which block i feeds block i + 1: found out on one row, then captured without running the blocks.
 
-All blocks of a chain are captured at once by a *skeleton* pass: the model runs with every block of the stack replaced by
-one that hands its input on, so that the keywords of all blocks (masks, position embeddings, encoder states) are known
-for the price of the embeddings. Whether that is right is checked, not assumed: the recorded keywords must be those of a
+All blocks of a chain are captured at once by a *skeleton* pass: the model runs with every block of the stack replaced
+by one that hands its input on, so that the keywords of all blocks (masks, position embeddings, encoder states) are
+known for the price of the embeddings. Whether that is right is checked, not assumed: the recorded keywords must be those of a
 real pass, and the tensors that change must be outputs of the block before.
 """
 
@@ -95,12 +95,19 @@ def _same_as(tensor: torch.Tensor, outputs: list[tuple[TreePath, torch.Tensor]])
         if tensor is other:
             return path
     for path, other in outputs:
-        if tensor.shape == other.shape and tensor.dtype == other.dtype and tensor.numel() > 1 and torch.equal(tensor, other.to(tensor.device)):
+        if (
+            tensor.shape == other.shape
+            and tensor.dtype == other.dtype
+            and tensor.numel() > 1
+            and torch.equal(tensor, other.to(tensor.device))
+        ):
             return path
     return None
 
 
-def probe(model: nn.Module, blocks: Sequence[Any], row: Mapping[str, Any], *, chains: bool = True) -> tuple[list[Stack], list[Any]]:
+def probe(
+    model: nn.Module, blocks: Sequence[Any], row: Mapping[str, Any], *, chains: bool = True
+) -> tuple[list[Stack], list[Any]]:
     """Run ``row`` once; returns the stacks in execution order and the blocks that never ran."""
     seen = _Probe()
     with recording(blocks, seen.before, seen.after):
@@ -151,13 +158,17 @@ def _contradiction(model: nn.Module, stack: Stack, row: Mapping[str, Any], seen:
     inputs = stack.wiring.inputs
     for position, (block, tree) in enumerate(zip(stack.blocks, trees, strict=True)):
         blank = inputs if position else {}
-        got, real = (rebuild(t, lambda path, leaf: None if path in blank else leaf) for t in (tree, seen.records[block.name].tree))
+        got, real = _without(tree, blank), _without(seen.records[block.name].tree, blank)
         if structure(got) != structure(real):
             return f"{block.name} is called differently when the blocks before it really run"
         for (path, a), (_, b) in zip(leaves(got), leaves(real), strict=True):
             if a.shape != b.shape or not _close(a, b):
                 return f"{'.'.join(map(str, path[1:]))} of {block.name} depends on the blocks before it"
     return ""
+
+
+def _without(tree: Any, paths: Mapping[TreePath, int]) -> Any:
+    return rebuild(tree, lambda path, leaf: None if path in paths else leaf)
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

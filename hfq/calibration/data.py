@@ -1,9 +1,9 @@
 """Calibration data of any form becomes ``Batches``: a list of dicts of forward keywords on the CPU.
 
-Accepted forms: texts (``list[str]``, rows with a text column, a ``.txt``, ``.json`` or ``.jsonl`` file), tokenised rows or
-batches (dicts, ``BatchEncoding``), tensors (integers are ``input_ids``, floats ``pixel_values``), a torch ``Dataset`` or
-``DataLoader``, a ``datasets`` object, recorded calls (a list of keyword dicts with batch axes), a callable without
-arguments that returns one of these, and a Hub id when ``load_hub`` is given.
+Accepted forms: texts (``list[str]``, rows with a text column, a ``.txt``, ``.json`` or ``.jsonl`` file), tokenised rows
+or batches (dicts, ``BatchEncoding``), tensors (integers are ``input_ids``, floats ``pixel_values``), a torch
+``Dataset`` or ``DataLoader``, a ``datasets`` object, recorded calls (a list of keyword dicts with batch axes), a
+callable without arguments that returns one of these, and a Hub id when ``load_hub`` is given.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def normalise(
     Args:
         data: see the module's first lines.
         processor: tokenizer (or a processor that has one); needed for texts only.
-        samples: rows to use; ``None`` for all. Fewer rows than asked are taken as they are, except for concatenated text.
+        samples: rows to use; ``None`` for all. Fewer rows are taken as they are; joined text must suffice.
         seqlen: tokens a row; longer rows are cut, ``None`` leaves tokenised rows alone.
         batch_size: rows a batch. Recorded calls stay as they were recorded.
         seed: chooses the windows of concatenated text.
@@ -125,8 +125,14 @@ def normalise(
         batches = row_forms.batch(list(rows), batch_size, text_forms.padding(processor))
     result = Batches(batches)
     result.descriptor = {
-        "source": source, "sha256": result.sha256, "count": result.samples, "length": row_forms.length(batches),
-        "tokens": result.tokens, "batch_size": batch_size, "seed": seed, "packing": packing,
+        "source": source,
+        "sha256": result.sha256,
+        "count": result.samples,
+        "length": row_forms.length(batches),
+        "tokens": result.tokens,
+        "batch_size": batch_size,
+        "seed": seed,
+        "packing": packing,
     }
     return result
 
@@ -161,7 +167,7 @@ def _items(data: Any) -> tuple[list[Any], Iterator[Any]]:
     """The first item (refusing empty data) and an iterator over all, first included."""
     if data is None:
         raise DataError(f"this method needs calibration data; accepted: {FORMS}")
-    if isinstance(data, torch.Tensor) or isinstance(data, Mapping) or hasattr(data, "input_ids"):
+    if isinstance(data, (torch.Tensor, Mapping)) or hasattr(data, "input_ids"):
         data = [data]
     used = "an iterator that was used before: pass a list, or a callable that makes a fresh iterator"
     if inspect.isgenerator(data) and inspect.getgeneratorstate(data) != inspect.GEN_CREATED:
@@ -169,7 +175,11 @@ def _items(data: Any) -> tuple[list[Any], Iterator[Any]]:
     iterator = _iterate(data)
     head = list(itertools.islice(iterator, 1))
     if not head:
-        raise DataError(f"the calibration data is {used}" if iterator is data else f"the calibration data is empty; accepted: {FORMS}")
+        raise DataError(
+            f"the calibration data is {used}"
+            if iterator is data
+            else f"the calibration data is empty; accepted: {FORMS}"
+        )
     return head, itertools.chain(head, iterator)
 
 

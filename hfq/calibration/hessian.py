@@ -1,7 +1,7 @@
 """Second moments of the inputs of sites: ``H = (2 / N) X^T diag(w) X`` over the rows of the calibration data.
 
-Products are fp32, one a batch; their sum is kept in float64, reduced over all processes once, and handed out in float32:
-so the order of the batches, and how they were split over processes, does not show in the result.
+Products are fp32, one a batch; their sum is kept in float64, reduced over all processes once, and handed out in
+float32: so the order of the batches, and how they were split over processes, does not show in the result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Hessian:
     """Second moment of a site's input.
 
     Attributes:
-        matrix: float32 ``[K, K]``, ``(2 / N) sum w x x^T``. For an embedding twice the identity: each row's output is its weight.
+        matrix: float32 ``[K, K]``, ``(2 / N) sum w x x^T``; for an embedding twice the identity.
         tokens: rows ``N`` that it was summed over, padding not counted.
         counts: for an embedding, how often each row was read (int64 ``[num_embeddings]``).
     """
@@ -179,7 +179,9 @@ class _Collector:
             return
         weights, keep = self.rows(x)
         if self.weights is not None and weights is None:
-            raise QuantizationError(f"{site.name}: its input {list(x.shape)} has other rows than the block, so tokens cannot be weighted")
+            raise QuantizationError(
+                f"{site.name}: its input {list(x.shape)} has other rows than the block, so tokens cannot be weighted"
+            )
         total.add(x.reshape(-1, x.shape[-1]), weights, keep)
 
     def rows(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -195,7 +197,9 @@ def _patches(site: Any, x: torch.Tensor) -> torch.Tensor:
     """The rows that a convolution multiplies with its flattened kernel, ``[positions, in_channels * kernel]``."""
     conv = site.module
     if conv.groups != 1 or isinstance(conv, nn.Conv3d) or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
-        raise QuantizationError(f"{site.name}: no second moment for a convolution with groups, three axes or special padding")
+        raise QuantizationError(
+            f"{site.name}: no second moment for a convolution with groups, three axes or special padding"
+        )
     kernel, stride, pad, dilation = (tuple(v) for v in (conv.kernel_size, conv.stride, conv.padding, conv.dilation))
     if isinstance(conv, nn.Conv1d):
         x = x.unsqueeze(-2)
@@ -260,21 +264,31 @@ class _Bank(TorchFunctionMode):
         weights, keep = self.collector.rows(self.hidden.reshape(-1, self.hidden.shape[-1]))
         if weights is None and keep is None:
             if self.collector.weights is not None:
-                raise QuantizationError(f"{self.site.name}: its rows are not those of the block, so tokens cannot be weighted")
+                raise QuantizationError(
+                    f"{self.site.name}: its rows are not those of the block, so tokens cannot be weighted"
+                )
             total.add(rows, None, None)
             return
         tokens = self._tokens(expert, rows)
-        total.add(rows, None if weights is None else weights.to(tokens.device)[tokens], None if keep is None else keep.to(tokens.device)[tokens])
+        total.add(
+            rows,
+            None if weights is None else weights.to(tokens.device)[tokens],
+            None if keep is None else keep.to(tokens.device)[tokens],
+        )
 
     def _tokens(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
         """Which tokens the rows of an expert are: found for its first product by comparing, then remembered."""
         if expert not in self.token_of:
             if self.chosen is None:
-                raise QuantizationError(f"{self.site.name}: the routing is not visible, so padded or weighted tokens cannot be told apart")
+                raise QuantizationError(
+                    f"{self.site.name}: the routing is not visible, so padded or weighted tokens cannot be told apart"
+                )
             hit = self.chosen == expert
             hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
             for tokens in (torch.where(hit.t())[1], torch.where(hit)[0]):
-                if tokens.shape[0] == rows.shape[0] and (rows.shape[-1] != hidden.shape[-1] or torch.equal(hidden[tokens], rows)):
+                if tokens.shape[0] == rows.shape[0] and (
+                    rows.shape[-1] != hidden.shape[-1] or torch.equal(hidden[tokens], rows)
+                ):
                     self.token_of[expert] = tokens
                     break
             else:
@@ -284,7 +298,9 @@ class _Bank(TorchFunctionMode):
 
 def _finish(step: Step, sites: list[Any], sums: dict[tuple[str, str, int], _Sum]) -> Hessians:
     """Reduce over processes, divide, and hand the shared sums to all their sites."""
-    shapes = {key: (tuple(s.matrix.shape), s.matrix.dtype, s.followers) for key, s in sums.items() if s.matrix is not None}
+    shapes = {
+        key: (tuple(s.matrix.shape), s.matrix.dtype, s.followers) for key, s in sums.items() if s.matrix is not None
+    }
     for other in ranks.gather(shapes):
         shapes.update(other)
     device = device_of(step.block.module)
@@ -322,6 +338,6 @@ def _complete(site: Any, result: Hessians, device: torch.device) -> None:
             result[site.name][name] = [per.get(e, empty) for e in range(parameter.shape[0])]
     if site.name not in result:
         raise QuantizationError(
-            f"{site.name}: its module is never called in this block (the data does not reach it, or its weight is read directly); "
-            "leave it out with modules_to_not_convert or use other data"
+            f"{site.name}: its module is never called in this block (the data does not reach it, or its weight is read "
+            "directly); leave it out with modules_to_not_convert or use other data"
         )

@@ -82,7 +82,9 @@ class Progress:
         path = self.folder / _FINGERPRINT
         if not path.exists():
             if any(self.folder.glob("block-*.safetensors")):
-                raise CheckpointError(f"{self.folder} holds finished blocks but no {_FINGERPRINT}: delete the folder to start over")
+                raise CheckpointError(
+                    f"{self.folder} holds finished blocks but no {_FINGERPRINT}: delete the folder to start over"
+                )
             with _atomic(path) as temporary:
                 temporary.write_text(json.dumps(self.fingerprint, indent=1, sort_keys=True))
             return
@@ -92,14 +94,18 @@ class Progress:
             raise CheckpointError(f"{path} is damaged ({error}): delete the folder to start over") from error
         different = [key for key in sorted({*saved, *self.fingerprint}) if saved.get(key) != self.fingerprint.get(key)]
         if different:
-            shown = "; ".join(f"{key} was {_short(saved.get(key))}, is {_short(self.fingerprint.get(key))}" for key in different)
+            shown = "; ".join(
+                f"{key} was {_short(saved.get(key))}, is {_short(self.fingerprint.get(key))}" for key in different
+            )
             raise CheckpointError(
                 f"the progress in {self.folder} belongs to another run: {shown}. Use the same settings to continue it, "
                 "or delete the folder to start over"
             )
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"block-{self.names.index(name):05d}-{re.sub(r'[^A-Za-z0-9_.]', '_', name)[-80:]}.safetensors"
+        return (
+            self.folder / f"block-{self.names.index(name):05d}-{re.sub(r'[^A-Za-z0-9_.]', '_', name)[-80:]}.safetensors"
+        )
 
     def _count(self) -> int:
         for number, name in enumerate(self.names):
@@ -126,7 +132,13 @@ class Progress:
         inside = [] if report is None else [asdict(row) for row in report if _belongs(row.module, name)]
         curves = {} if report is None else {key: curve for key, curve in report.curves.items() if _belongs(key, name)}
         notes = [] if report is None else report.notes
-        details = {"before": before, "manifest": swap.describe(module), "rows": inside, "curves": curves, "notes": notes}
+        details = {
+            "before": before,
+            "manifest": swap.describe(module),
+            "rows": inside,
+            "curves": curves,
+            "notes": notes,
+        }
         with _atomic(self._path(name)) as temporary:
             save_file(tensors, temporary, metadata={"hfq": json.dumps(details)})
 
@@ -142,10 +154,13 @@ class Progress:
                 details = json.loads((file.metadata() or {})["hfq"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}): delete it to do this block and the following ones again") from error
+            raise CheckpointError(
+                f"{path} is damaged ({error}): delete it to do this block and the following ones again"
+            ) from error
         if details["before"] != state_digest(module):
             raise CheckpointError(
-                f"the progress in {self.folder} was made from other weights: {name} differs. Delete the folder to start over"
+                f"the progress in {self.folder} was made from other weights: {name} differs. "
+                "Delete the folder to start over"
             )
         device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
         from hfq.layers import swap

@@ -14,9 +14,18 @@ __all__ = ["batch", "batch_rows", "batch_tokens", "call", "is_call", "length", "
 
 # Known columns and the number of axes that one row has.
 RANKS = {
-    "input_ids": 1, "attention_mask": 1, "token_type_ids": 1, "position_ids": 1, "decoder_input_ids": 1,
-    "decoder_attention_mask": 1, "inputs_embeds": 2, "pixel_values": 3, "pixel_mask": 2, "input_features": 2,
-    "input_values": 1, "bool_masked_pos": 1,
+    "input_ids": 1,
+    "attention_mask": 1,
+    "token_type_ids": 1,
+    "position_ids": 1,
+    "decoder_input_ids": 1,
+    "decoder_attention_mask": 1,
+    "inputs_embeds": 2,
+    "pixel_values": 3,
+    "pixel_mask": 2,
+    "input_features": 2,
+    "input_values": 1,
+    "bool_masked_pos": 1,
 }
 MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
@@ -50,7 +59,9 @@ def is_call(item: Any, accepted: Collection[str] | None) -> bool:
     """Whether ``item`` is a recorded call: a dict of tensors with names that are not known columns of rows."""
     if not isinstance(item, Mapping) or any(key in RANKS for key in item):
         return False
-    usable = [key for key, value in item.items() if any(True for _ in leaves(value)) and (accepted is None or key in accepted)]
+    usable = [
+        key for key, value in item.items() if any(True for _ in leaves(value)) and (accepted is None or key in accepted)
+    ]
     return bool(usable)
 
 
@@ -71,24 +82,31 @@ def _finite(name: str, tensor: torch.Tensor, number: int) -> None:
         raise DataError(f"calibration sample {number}: {name} has NaN or infinite elements")
 
 
-def rows(items: Iterable[Any], accepted: Collection[str] | None, seqlen: int | None) -> Iterator[dict[str, torch.Tensor]]:
+def rows(
+    items: Iterable[Any], accepted: Collection[str] | None, seqlen: int | None
+) -> Iterator[dict[str, torch.Tensor]]:
     """Single rows out of rows and batches; unknown columns left out, token columns cut at ``seqlen``."""
     number = 0
     for item in items:
         columns = _mapping(item)
-        tensors = {key: t for key, value in columns.items() if (t := _tensor(value)) is not None and _wanted(key, accepted)}
+        tensors = {
+            key: t for key, value in columns.items() if (t := _tensor(value)) is not None and _wanted(key, accepted)
+        }
         main = next((key for key in MAIN if key in tensors), None)
         if main is None:
             names = sorted(accepted) if accepted is not None else sorted(RANKS)
             raise DataError(
-                f"calibration sample {number} has the keys {sorted(map(str, columns))}, none of which the model can be fed with; "
-                f"accepted: {names}, or a column of text"
+                f"calibration sample {number} has the keys {sorted(map(str, columns))}, none of which the model can be "
+                f"fed with; accepted: {names}, or a column of text"
             )
         if tensors[main].numel() == 0:
             raise DataError(f"calibration sample {number}: {main} is empty")
         extra = tensors[main].ndim - RANKS[main]
         if extra not in (0, 1):
-            raise DataError(f"calibration sample {number}: {main} has shape {list(tensors[main].shape)}, {RANKS[main]} axes a row are needed")
+            raise DataError(
+                f"calibration sample {number}: {main} has shape {list(tensors[main].shape)}, "
+                f"{RANKS[main]} axes a row are needed"
+            )
         size = tensors[main].shape[0] if extra else 1
         for index in range(size):
             row = {key: t[index] if extra and t.shape[:1] == (size,) else t for key, t in tensors.items()}

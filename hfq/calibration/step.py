@@ -25,7 +25,9 @@ def mask_for(batch: Mapping[str, Any], shape: tuple[int, int], *, later_stack: b
 
     A decoder prefers its own mask where both have the same shape.
     """
-    order = ("decoder_attention_mask", "attention_mask") if later_stack else ("attention_mask", "decoder_attention_mask")
+    order = (
+        ("decoder_attention_mask", "attention_mask") if later_stack else ("attention_mask", "decoder_attention_mask")
+    )
     for key in order:
         mask = batch.get(key)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and tuple(mask.shape) == shape:
@@ -48,7 +50,12 @@ def input_rows(x: torch.Tensor, hidden: torch.Tensor, values: torch.Tensor) -> t
 def routing(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """Indices ``[tokens, k]`` of the experts that a bank of experts was asked for, if they are visible."""
     for value in (*args[1:], kwargs.get("top_k_index"), kwargs.get("router_indices")):
-        if isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool and value.ndim == 2:
+        if (
+            isinstance(value, torch.Tensor)
+            and not value.is_floating_point()
+            and value.dtype != torch.bool
+            and value.ndim == 2
+        ):
             return value
     return None
 
@@ -68,9 +75,20 @@ class Step:
     """
 
     def __init__(
-        self, model: nn.Module, block: Any, index: int, total: int, batches: Sequence[Mapping[str, Any]],
-        inputs: ActivationCache, float_inputs: ActivationCache | None, *, outputs: Targets = None,
-        report: Report | None = None, min_tokens: int = 0, batch_index: Sequence[int] | None = None, store: Store | None = None,
+        self,
+        model: nn.Module,
+        block: Any,
+        index: int,
+        total: int,
+        batches: Sequence[Mapping[str, Any]],
+        inputs: ActivationCache,
+        float_inputs: ActivationCache | None,
+        *,
+        outputs: Targets = None,
+        report: Report | None = None,
+        min_tokens: int = 0,
+        batch_index: Sequence[int] | None = None,
+        store: Store | None = None,
     ) -> None:
         self.model, self.block, self.index, self.total = model, block, index, total
         self.batches, self.inputs, self.float_inputs = batches, inputs, float_inputs
@@ -107,7 +125,9 @@ class Step:
         """The block's hidden outputs before any change: of the float stream if there is one, else of the quantized."""
         if self._outputs is None:
             if self.changed:
-                raise QuantizationError(f"{self.block.name}: read step.outputs before the block is changed, or ask for the float stream")
+                raise QuantizationError(
+                    f"{self.block.name}: read step.outputs before the block is changed, or ask for the float stream"
+                )
             kept = [self._store.put(self.call(i)) for i in range(len(self))]
             self._owned += kept
             self._outputs = TensorList(self._store, kept)
@@ -161,17 +181,27 @@ class Step:
         for candidate in (*self.block.sites, *getattr(self.block, "kept", ())):
             if candidate.name == site:
                 return candidate
-        raise QuantizationError(f"{self.block.name} has no site {site!r}; its sites: {[s.name for s in self.block.sites]}")
+        raise QuantizationError(
+            f"{self.block.name} has no site {site!r}; its sites: {[s.name for s in self.block.sites]}"
+        )
 
     def _blame(self, args: Any, kwargs: Any) -> None:
         """Name the first module whose output is not finite although its inputs are."""
         if not all(_finite(t) for _, t in leaves((args, kwargs)) if t.dtype != torch.bool):
-            raise DataError(f"the input of {self.block.name} has NaN or infinite elements: check the calibration data and the model's dtype")
+            raise DataError(
+                f"the input of {self.block.name} has NaN or infinite elements: "
+                "check the calibration data and the model's dtype"
+            )
         guilty: list[str] = []
         handles = []
         for name, module in self.block.module.named_modules(prefix=self.block.name):
+
             def hook(_: nn.Module, given: Any, output: Any, name: str = name) -> None:
-                if not guilty and all(_finite(t) for _, t in leaves(given)) and not all(_finite(t) for _, t in leaves(output)):
+                if (
+                    not guilty
+                    and all(_finite(t) for _, t in leaves(given))
+                    and not all(_finite(t) for _, t in leaves(output))
+                ):
                     guilty.append(name)
 
             handles.append(module.register_forward_hook(hook))
@@ -184,7 +214,8 @@ class Step:
         kind = QuantizationError if self.changed else DataError
         raise kind(
             f"NaN or infinite elements appear first in the output of {guilty[0] if guilty else self.block.name} "
-            f"({'after' if self.changed else 'before'} quantization); use a wider dtype or check the weights and the calibration data"
+            f"({'after' if self.changed else 'before'} quantization); use a wider dtype "
+            "or check the weights and the calibration data"
         )
 
     @contextmanager
@@ -195,6 +226,7 @@ class Step:
         fresh: set[str] = set()
         try:
             for site in due:
+
                 def hook(module: nn.Module, args: Any, kwargs: Any, site: Any = site) -> None:
                     self._count(site, args, kwargs, i or 0)
                     fresh.add(site.name)
@@ -211,7 +243,11 @@ class Step:
             chosen = routing(site.module, args, kwargs)
             if chosen is None:
                 return
-            experts = getattr(site.module, site.tensors[0]).shape[0] if site.tensors and hasattr(site.module, site.tensors[0]) else 0
+            experts = (
+                getattr(site.module, site.tensors[0]).shape[0]
+                if site.tensors and hasattr(site.module, site.tensors[0])
+                else 0
+            )
             experts = experts or getattr(site.module, "num_experts", int(chosen.max()) + 1)
             values = chosen
             mask = self.mask(i)
@@ -228,10 +264,14 @@ class Step:
 
     def reduce_tokens(self) -> None:
         """Sum the counts over all processes and refuse sites under the floor; every process has to call this."""
-        sizes = ranks.broadcast({site.name: self._local[site.name].numel() for site in self.block.sites if site.name in self._local})
+        sizes = ranks.broadcast(
+            {site.name: self._local[site.name].numel() for site in self.block.sites if site.name in self._local}
+        )
         if not sizes:
             return
-        counts = torch.cat([self._local.get(name, torch.zeros(size, dtype=torch.int64)) for name, size in sizes.items()])
+        counts = torch.cat(
+            [self._local.get(name, torch.zeros(size, dtype=torch.int64)) for name, size in sizes.items()]
+        )
         low = []
         for name, total in zip(sizes, ranks.sum_(counts).split(list(sizes.values())), strict=True):
             self.tokens[name] = int(total.min())
@@ -244,8 +284,8 @@ class Step:
                 self.report.rows[name].tokens = int(total.min())
         if low:
             raise QuantizationError(
-                f"too few calibration rows, at least {self.min_tokens} are needed: {'; '.join(low)}. Use more calibration samples, "
-                "or leave these modules out with modules_to_not_convert"
+                f"too few calibration rows, at least {self.min_tokens} are needed: {'; '.join(low)}. "
+                "Use more calibration samples, or leave these modules out with modules_to_not_convert"
             )
 
     def release(self) -> None:

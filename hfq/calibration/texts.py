@@ -80,7 +80,9 @@ def _call_options(found: Any, **wanted: Any) -> dict[str, Any]:
 class Texts:
     """Turns texts into rows ``{"input_ids": [seqlen]}``."""
 
-    def __init__(self, processor: Any, samples: int | None, seqlen: int | None, seed: int, *, streaming: bool = False) -> None:
+    def __init__(
+        self, processor: Any, samples: int | None, seqlen: int | None, seed: int, *, streaming: bool = False
+    ) -> None:
         if processor is None:
             raise DataError("calibration texts need a tokenizer: pass processor (a tokenizer or the id of one)")
         if seqlen is None or seqlen < 1:
@@ -114,8 +116,9 @@ class Texts:
         wanted = count if self.samples is None else self.samples
         if count < max(wanted, 1):
             raise DataError(
-                f"the calibration text is too short: found {len(ids)} tokens, {max(wanted, 1) * self.seqlen} are needed for "
-                f"{max(wanted, 1)} windows of {self.seqlen}; give more text, or lower calibration_samples or calibration_seqlen"
+                f"the calibration text is too short: found {len(ids)} tokens, "
+                f"{max(wanted, 1) * self.seqlen} are needed for {max(wanted, 1)} windows of {self.seqlen}; give more text, "
+                "or lower calibration_samples or calibration_seqlen"
             )
         chosen = random.Random(self.seed).sample(range(count), wanted)
         return [{"input_ids": torch.tensor(ids[i * self.seqlen : (i + 1) * self.seqlen])} for i in chosen]

@@ -6,9 +6,9 @@
             codes, _ = gptq.solve(site.weight, hessians[site.name].matrix, spec)
             step.swap(site, codes)
 
-Before a step is handed out its block is materialised and (for the float stream) its float outputs are computed. After the
-loop body the block is what it is now; the walk runs it to get the next inputs, writes the progress file and puts the
-block back where it came from. Peak memory is one block and its activations, whatever the depth.
+Before a step is handed out its block is materialised and (for the float stream) its float outputs are computed. After
+the loop body the block is what it is now; the walk runs it to get the next inputs, writes the progress file and puts
+the block back where it came from. Peak memory is one block and its activations, whatever the depth.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def walk(
 
     Raises:
         DataError: no data, or data that makes the model's activations NaN or infinite.
-        QuantizationError: blocks that the data never reaches (without a report; with one they are refused rows), a forced
-            chain that is none, or a site under the floor.
+        QuantizationError: blocks that the data never reaches (without a report; with one they are refused rows), a
+            forced chain that is none, or a site under the floor.
         CheckpointError: a progress folder of another run.
     """
     if not set(streams) <= {"quantized", "float"} or "quantized" not in streams:
@@ -94,8 +94,14 @@ def walk(
 
 class _Walk:
     def __init__(
-        self, plan: Any, batches: Sequence[Mapping[str, Any]], floats: bool, driver: str, placement: Placement,
-        report: Report | None, min_tokens: int,
+        self,
+        plan: Any,
+        batches: Sequence[Mapping[str, Any]],
+        floats: bool,
+        driver: str,
+        placement: Placement,
+        report: Report | None,
+        min_tokens: int,
     ) -> None:
         self.plan, self.model, self.floats, self.driver = plan, plan.model, floats, driver
         self.placement, self.report, self.min_tokens = placement, report, min_tokens
@@ -105,14 +111,20 @@ class _Walk:
         self.store = Store()
 
     def steps(
-        self, progress: ProgressBar | None, progress_dir: str | Path | None, fingerprint: Mapping[str, Any],
-        spill_dir: str | Path | None, memory_limit: int | None,
+        self,
+        progress: ProgressBar | None,
+        progress_dir: str | Path | None,
+        fingerprint: Mapping[str, Any],
+        spill_dir: str | Path | None,
+        memory_limit: int | None,
     ) -> Iterator[Step]:
         self.store = Store(memory_limit, spill_dir)
         with quiet(self.model):
             yield from self._all(progress, progress_dir, fingerprint)
 
-    def _all(self, progress: ProgressBar | None, progress_dir: str | Path | None, fingerprint: Mapping[str, Any]) -> Iterator[Step]:
+    def _all(
+        self, progress: ProgressBar | None, progress_dir: str | Path | None, fingerprint: Mapping[str, Any]
+    ) -> Iterator[Step]:
         stacks = self._stacks()
         names = [block.name for stack in stacks for block in stack.blocks]
         if progress_dir is not None:
@@ -137,21 +149,31 @@ class _Walk:
 
     def _fingerprint(self, given: Mapping[str, Any]) -> dict[str, Any]:
         data = getattr(self.all_batches, "sha256", None)
-        return {**given, "data": data, "batches": len(self.all_batches), "float stream": self.floats, "processes": ranks.count()}
+        return {
+            **given,
+            "data": data,
+            "batches": len(self.all_batches),
+            "float stream": self.floats,
+            "processes": ranks.count(),
+        }
 
     def _stacks(self) -> list[Stack]:
         blocks = [block for block in self.plan.blocks if block.sites or getattr(block, "kept", ())]
         stacks, missed = probe(self.model, blocks, row_of(self.all_batches[0]), chains=self.driver != "capture")
         broken = [f"{stack.blocks[0].name}...: {stack.reason}" for stack in stacks if stack.wiring is None]
         if self.driver == "chain" and broken:
-            raise QuantizationError(f"driver='chain' was asked for, but the blocks are no chain: {'; '.join(broken)}. Use driver='auto'")
+            raise QuantizationError(
+                f"driver='chain' was asked for, but the blocks are no chain: {'; '.join(broken)}. Use driver='auto'"
+            )
         if self.report is not None:
             for line in broken:
                 self.report.note(f"inputs recorded block by block: {line}")
         sites = [site for block in missed for site in block.sites]
         reason = "the calibration data never reaches this module"
         if sites and self.report is None:
-            raise QuantizationError(f"{reason}: {', '.join(site.name for site in sites[:8])}; give data that does, or skip these modules")
+            raise QuantizationError(
+                f"{reason}: {', '.join(site.name for site in sites[:8])}; give data that does, or skip these modules"
+            )
         for site in sites:
             assert self.report is not None
             self.report.refuse(site.name, reason, kind=site.kind, numel=site.numel)
@@ -160,7 +182,7 @@ class _Walk:
     # ---- chains
 
     def _capture(self, stack: Stack) -> tuple[list[list[Any]], list[list[Stored | None]]]:
-        """Calls of every block (``calls[block][batch]``) and the stream that enters the first one, from the model as it is.
+        """Calls of every block (``calls[block][batch]``) and the stream that enters the first one, as the model is.
 
         For a stack that is no chain: the calls only, and ``stream`` holds the batch of each call.
         """
@@ -172,7 +194,9 @@ class _Walk:
             if stack.wiring is not None:
                 trees = skeleton(self.model, stack, batch)
                 given = dict(leaves(trees[0]))
-                stream[number] = [None if (t := given.get(path)) is None else self.store.put(t) for path in stack.wiring.inputs]
+                stream[number] = [
+                    None if (t := given.get(path)) is None else self.store.put(t) for path in stack.wiring.inputs
+                ]
                 for i, tree in enumerate(trees):
                     calls[i].append(self._keep(tree, stack.wiring.inputs, memo))
                 continue
@@ -204,12 +228,22 @@ class _Walk:
             floats = ActivationCache(self.store, float_calls[i], float_stream, main) if self.floats else None
             with self.placement(block.module):
                 step = Step(
-                    self.model, block, done + i, total, self.batches, inputs, floats, report=self.report, min_tokens=self.min_tokens,
+                    self.model,
+                    block,
+                    done + i,
+                    total,
+                    self.batches,
+                    inputs,
+                    floats,
+                    report=self.report,
+                    min_tokens=self.min_tokens,
                 )
                 next_floats: list[list[Stored | None]] = []
                 if floats is not None:
                     next_floats = [self._advance(stack, step, n, floats) for n in range(len(floats))]
-                    step._outputs = TensorList(self.store, [tensors[0] for tensors in next_floats if tensors[0] is not None])
+                    step._outputs = TensorList(
+                        self.store, [tensors[0] for tensors in next_floats if tensors[0] is not None]
+                    )
                 yield from self._work(step)
                 # Also after the last block: a NaN has to be found, and rows to be counted.
                 following = [self._advance(stack, step, n, inputs) for n in range(len(inputs))]
@@ -248,7 +282,15 @@ class _Walk:
             floats = ActivationCache(self.store, float_calls[i], None, main) if float_calls is not None else None
             with self.placement(block.module):
                 step = Step(
-                    self.model, block, done + i, total, self.batches, inputs, floats, report=self.report, min_tokens=self.min_tokens,
+                    self.model,
+                    block,
+                    done + i,
+                    total,
+                    self.batches,
+                    inputs,
+                    floats,
+                    report=self.report,
+                    min_tokens=self.min_tokens,
                     batch_index=[int(n) for n in numbers[0]],  # type: ignore[call-overload]
                 )
                 if floats is not None:
