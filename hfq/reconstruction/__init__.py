@@ -1,1 +1,1 @@
-"""Part of hfq."""
+"""Learning quantized weights against what a layer, a block or a run of blocks should put out."""

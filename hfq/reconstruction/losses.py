@@ -1,0 +1,77 @@
+"""How far an output is from its target. Every loss is a mean over samples (axis 0), so that parts of a mini-batch add
+up, and leaves out padded positions.
+
+Shapes: ``pred`` and ``target`` ``[B, ...]`` alike, ``mask`` bool ``[B, T]`` (true where data is) or ``None``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hfq.errors import ConfigError
+
+__all__ = ["LOSSES", "Loss", "get", "mse", "relative", "sum_of_squares", "token_relative"]
+
+Loss = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+
+def _squares(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared difference in float32, zero where padded, and the number of elements that count in each sample."""
+    square = (pred.float() - target.float()).square()
+    per_sample = square[0].numel()
+    counts = torch.full((len(square),), float(per_sample), device=square.device)
+    if mask is not None:
+        wide = mask.reshape(*mask.shape, *(1,) * (square.ndim - mask.ndim)).to(square.device)
+        square = square * wide
+        counts = mask.flatten(1).sum(1).to(square.device) * (per_sample / mask[0].numel())
+    return square, counts.clamp(min=1)
+
+
+def mse(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error."""
+    square, counts = _squares(pred, target, mask)
+    return (square.reshape(len(square), -1).sum(1) / counts).mean()
+
+
+def sum_of_squares(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Squared error summed over axis 1 (tokens, or channels of an image) and averaged over the others."""
+    square, _ = _squares(pred, target, mask)
+    return square.sum(1).mean() if square.ndim > 1 else square.mean()
+
+
+def relative(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Squared error over the squared target, sample by sample."""
+    square, _ = _squares(pred, target, mask)
+    size, _ = _squares(target, torch.zeros_like(target), mask)
+    return (square.flatten(1).sum(1) / size.flatten(1).sum(1).clamp(min=1e-12)).mean()
+
+
+def token_relative(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Squared error of each vector (last axis) over its own squared target.
+
+    A few positions with massive activations then weigh no more than any other; with a plain sum they can be all of it.
+    """
+    square, _ = _squares(pred, target, mask)
+    ratio = square.sum(-1) / target.float().square().sum(-1).clamp(min=1e-12)
+    if mask is None or ratio.ndim == 1:
+        return ratio.mean()
+    return (ratio.flatten(1).sum(1) / mask.flatten(1).sum(1).to(ratio.device).clamp(min=1)).mean()
+
+
+LOSSES: dict[str, Loss] = {
+    "mse": mse,
+    "sum": sum_of_squares,
+    "relative": relative,
+    "token_relative": token_relative,
+}
+
+
+def get(loss: str | Loss) -> Loss:
+    """A loss by name, or the function itself."""
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        raise ConfigError(f"loss={loss!r}: one of {sorted(LOSSES)}, or a function of (pred, target, mask)")
+    return LOSSES[loss]

@@ -1,0 +1,44 @@
+"""Losses: their formulas, padding, and that parts of a batch add up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hfq.errors import ConfigError
+from hfq.reconstruction import losses
+
+PRED = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
+TARGET = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(1))
+MASK = torch.tensor([[1, 1, 1, 0, 0]] * 3 + [[1, 1, 1, 1, 1]] * 3, dtype=torch.bool)
+
+
+def test_formulas() -> None:
+    square = (PRED - TARGET) ** 2
+    torch.testing.assert_close(losses.mse(PRED, TARGET), square.mean())
+    torch.testing.assert_close(losses.sum_of_squares(PRED, TARGET), square.sum(1).mean())
+    torch.testing.assert_close(losses.relative(PRED, TARGET), (square.sum((1, 2)) / (TARGET**2).sum((1, 2))).mean())
+    torch.testing.assert_close(losses.token_relative(PRED, TARGET), (square.sum(-1) / (TARGET**2).sum(-1)).mean())
+    torch.testing.assert_close(losses.mse(PRED[:, 0, 0], TARGET[:, 0, 0]), square[:, 0, 0].mean())
+
+
+@pytest.mark.parametrize("name", sorted(losses.LOSSES))
+def test_padding_has_no_influence(name: str) -> None:
+    loss = losses.get(name)
+    changed = torch.where(MASK[..., None], PRED, torch.full_like(PRED, 99.0))
+    torch.testing.assert_close(loss(PRED, TARGET, MASK), loss(changed, TARGET, MASK))
+    assert loss(changed, TARGET) > loss(PRED, TARGET)
+    torch.testing.assert_close(loss(PRED[:3], TARGET[:3], MASK[:3]), loss(PRED[:3, :3], TARGET[:3, :3]))
+
+
+@pytest.mark.parametrize("name", sorted(losses.LOSSES))
+def test_parts_add_up(name: str) -> None:
+    loss = losses.get(name)
+    parts = loss(PRED[:2], TARGET[:2], MASK[:2]) * 2 / 6 + loss(PRED[2:], TARGET[2:], MASK[2:]) * 4 / 6
+    torch.testing.assert_close(parts, loss(PRED, TARGET, MASK))
+
+
+def test_names() -> None:
+    assert losses.get(losses.mse) is losses.mse
+    with pytest.raises(ConfigError, match="token_relative"):
+        losses.get("l3")
