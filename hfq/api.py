@@ -37,7 +37,7 @@ class Environment:
         placement: ``placement(module)`` is a context in which the module's tensors are in memory on their device.
         load_processor: ``load_processor(model, config, data)`` gives a tokenizer or processor.
         load_hub: ``load_hub(name)`` gives the rows of a data set that is named by a string.
-        progress: ``progress(iterable, total, description)`` shows a progress bar.
+        progress: ``progress(total, description)`` makes a progress bar with ``update()`` and ``close()``.
         attach: ``attach(model, config)`` marks a live model as quantized, so that its library can save it.
         detach: ``detach(model)`` undoes ``attach``.
         is_packed: ``is_packed(model, config)`` says who quantized the model before; ``None`` if nobody did.
@@ -47,7 +47,7 @@ class Environment:
     placement: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
     load_processor: Callable[[nn.Module, HfqConfig, Any], Any] | None = None
     load_hub: Callable[..., Iterable[Any]] | None = None
-    progress: Callable[..., Iterable[Any]] | None = None
+    progress: Callable[[int, str], Any] | None = None
     attach: Callable[[nn.Module, HfqConfig], None] | None = None
     detach: Callable[[nn.Module], None] | None = None
     is_packed: Callable[[nn.Module, HfqConfig], str | None] | None = None

@@ -226,8 +226,9 @@ class HfqConfig(QuantizationConfigMixin):
 
     def walk_options(self) -> dict[str, Any]:
         """Arguments of ``calibration.walk`` that come from above: placement, progress bar, progress folder."""
-        environment = self._environment
+        environment, saved = self._environment, self.to_dict()
         return {
+            "fingerprint": {k: v for k, v in saved.items() if k not in ("manifest", "summary", "allow_partial")},
             "placement": getattr(environment, "placement", None),
             "progress": getattr(environment, "progress", None) if self.progress else None,
             "progress_dir": self.work_dir,

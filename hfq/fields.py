@@ -13,8 +13,6 @@ from dataclasses import field
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
-from hfq.errors import ConfigError
-
 __all__ = ["accepts", "allowed", "did_you_mean", "in_range", "option", "plain", "type_hints"]
 
 _NAMES = {bool: "True or False", int: "an integer", float: "a finite number", str: "a string", type(None): "None"}
@@ -122,5 +120,5 @@ def plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{value} cannot be saved as JSON")
+        raise ValueError(f"{value} cannot be saved as JSON")
     return value

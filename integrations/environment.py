@@ -81,11 +81,11 @@ def load_hub(name: str) -> Iterable[Any]:
     return found["train"] if "train" in found else next(iter(found.values()))
 
 
-def progress(items: Iterable[Any], total: int | None = None, description: str = "", **kwargs: Any) -> Iterable[Any]:
-    """A progress bar on the terminal."""
+def progress(total: int, description: str) -> Any:
+    """A progress bar on the terminal: ``update()`` after each step, ``close()`` at the end."""
     from tqdm.auto import tqdm
 
-    return tqdm(items, total=total, desc=description or kwargs.get("desc"), leave=False)
+    return tqdm(total=total, desc=description, leave=False)
 
 
 def is_packed(model: Any, config: HfqConfig) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
 from transformers.quantizers import HfQuantizer
 
 from hfq.config import HfqConfig
@@ -118,7 +119,8 @@ class HfqHfQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         from hfq.layers import swap
 
-        swap.dequantize_modules(model, dtype)
+        # After a save, the model's config holds the name of its dtype.
+        swap.dequantize_modules(model, getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype)
         self.forget(model)
         return model
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from hfq.config import HfqConfig, option
 from hfq.formats import Codes, QuantSpec
-from hfq.layers import swap
 from hfq.report import Report
 from hfq.rounding import nearest
 
@@ -47,16 +46,18 @@ def quantize(model: Any, data: Any, config: RTNConfig, report: Report) -> None:
 
 
 def _pack(model: Any, site: Any, config: RTNConfig, report: Report) -> None:
+    from hfq.layers import swap
+
     spec = config.spec_for(site.name)
     asked = spec.to_dict()
     if site.kind == "experts":
-        tensors = {name: p.detach() for name, p in site.module.named_parameters(recurse=False) if p.dim() == 3}
         codes = {
-            param: [encode(expert, spec, config, site.name) for expert in tensor] for param, tensor in tensors.items()
+            param: [encode(expert, spec, config, site.name) for expert in getattr(site.module, param).detach()]
+            for param in site.tensors
         }
         swap.swap_experts(model, site.name, codes, report, asked=asked)
     elif site.kind in ("linear", "transposed", "embedding"):
-        weight = site.module.weight.detach()
+        weight = site.weight.detach()
         codes = encode(weight.t() if site.kind == "transposed" else weight, spec, config, site.name)
         swap.swap(model, site.name, codes, report, asked=asked)
     else:
