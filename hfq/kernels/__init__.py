@@ -7,17 +7,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from hfq.errors import KernelError
 from hfq.formats import affine, bitpack
 from hfq.kernels import cpu, cpu_int8, dispatch, ops
+from hfq.kernels import cuda as _cuda  # noqa: F401  its rows and layout
 from hfq.kernels.dispatch import FORCED, Choice, table, use
 from hfq.kernels.isa import isa
-from hfq.kernels.layouts import LAYOUTS
-from hfq.kernels.packed import PackedWeight, Runtime
+from hfq.kernels.packed import LAYOUTS, PackedWeight, Runtime
 
 __all__ = [
     "Choice", "PackedWeight", "Runtime", "dequantize", "embedding", "explain", "linear", "prepare", "table", "use",
@@ -106,7 +106,7 @@ def linear(x: torch.Tensor, weight: PackedWeight | Runtime, bias: torch.Tensor |
 
 
 def dequantize(weight: PackedWeight | Runtime, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The matrix ``[out_features, in_features]`` that the codes stand for, computed in float32 from the stored scales."""
+    """The matrix ``[out_features, in_features]`` of the codes, computed in float32 from the stored scales."""
     runtime = _runtime(weight, dtype)
     return LAYOUTS[runtime.layout].dequantize(runtime, dtype)
 
@@ -123,18 +123,21 @@ def embedding(ids: torch.Tensor, packed: PackedWeight, dtype: torch.dtype | None
 
 
 def explain(
-    weight: PackedWeight | Runtime, M: int = 1, dtype: torch.dtype | None = None, device: str | None = None,
+    weight: PackedWeight | Runtime | Any, M: int = 1, dtype: torch.dtype | None = None, device: str | None = None,
     memory: Memory = "compact",
 ) -> list[Choice]:
     """Every backend of the table for ``M`` rows: the one chosen, and for each other one why not.
 
     Args:
-        weight: a prepared weight (its layout is given) or a canonical one (as :func:`prepare` would see it).
+        weight: a prepared weight (its layout is given), a canonical one (as :func:`prepare` would see it), or a packed
+            layer (its first slot).
         M: rows of ``x``.
         dtype: of the activations; default the one it was prepared for, float32 for a canonical weight.
         device: device type; default where the weight lies.
         memory: for a canonical weight, as in :func:`prepare`.
     """
+    if hasattr(weight, "operand"):
+        weight = weight.operand(next(iter(weight.slots)))
     device = device or weight.scale.device.type
     if isinstance(weight, Runtime):
         return dispatch.explain(dispatch.case_of(weight, M, dtype or weight.dtype, device))

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from hfq.formats import affine, bitpack
-from hfq.kernels import cpu_int4, cpu_int8, dispatch, reference
+from hfq.kernels import cpu_int4, dispatch, reference
 from hfq.kernels.dispatch import ANY_BITS, FLOATS, Case, Row
 from hfq.kernels.isa import float_compute, isa
-from hfq.kernels.layouts import LAYOUTS
-from hfq.kernels.packed import Runtime
+from hfq.kernels.packed import LAYOUTS, Runtime
 
 __all__ = ["THRESHOLDS", "Thresholds", "float_copy"]
 
@@ -118,16 +117,16 @@ _LOW, _HIGH = (1, 2, 3, 4), (5, 6, 7, 8)
 _COPY = "no float copy is kept (memory='cached'), or M={M} is few enough rows for the packed operator"
 
 dispatch.add_rows([
-    Row("wna16", "cpu", FLOATS, _LOW, "*", lambda c: c.cached and c.M > _limit(c).copy4, "copy", _COPY),
-    Row("wna16", "cpu", FLOATS, _HIGH, "*", lambda c: c.cached and c.M > _limit(c).copy8, "copy", _COPY),
-    Row("wna16", "cpu", FLOATS, _LOW, "int4pack", lambda c: _int4_groups(c) and c.M <= _limit(c).int4, "int4pack",
+    Row("wna16", "cpu", FLOATS, _LOW, "*", lambda c: c.cached and _limit(c).copy4 < c.M, "copy", _COPY),
+    Row("wna16", "cpu", FLOATS, _HIGH, "*", lambda c: c.cached and _limit(c).copy8 < c.M, "copy", _COPY),
+    Row("wna16", "cpu", FLOATS, _LOW, "int4pack", lambda c: _int4_groups(c) and _limit(c).int4 >= c.M, "int4pack",
         "needs groups that are multiples of 32 and few rows: M={M} is above the measured threshold"),
     Row("wna16", "cpu", FLOATS, _LOW, "int4pack", _int4_groups, "int4pack_dequant", _GROUPS, constraint=True),
-    Row("wna16", "cpu", FLOATS, _HIGH, "int8", lambda c: _int8_rows(c) and c.M <= _limit(c).int8, "int8pack",
+    Row("wna16", "cpu", FLOATS, _HIGH, "int8", lambda c: _int8_rows(c) and _limit(c).int8 >= c.M, "int8pack",
         "needs one scale a row, codes less zero points that fit int8, and few rows: M={M}"),
     Row("wna16", "cpu", FLOATS, _HIGH, "int8", _int8_rows, "int8_dequant",
         "needs one scale a row (group {group}, K={K}) and codes less zero points that fit int8"),
-    Row("wna16", "cpu", FLOATS, _HIGH, "nibbles", lambda c: _int4_groups(c) and c.M <= _limit(c).nibbles, "int4pack",
+    Row("wna16", "cpu", FLOATS, _HIGH, "nibbles", lambda c: _int4_groups(c) and _limit(c).nibbles >= c.M, "int4pack",
         "needs groups that are multiples of 32 and few rows: M={M} is above the measured threshold"),
     Row("wna16", "cpu", FLOATS, _HIGH, "nibbles", _int4_groups, "int4pack_dequant", _GROUPS, constraint=True),
     Row("wna16", "cpu", FLOATS, ANY_BITS, "*", lambda c: c.cached, "copy", "no float copy is kept (memory='cached')"),

@@ -15,13 +15,14 @@ import torch
 
 from hfq.errors import KernelError
 from hfq.formats import bitpack
-from hfq.formats.spec import QuantSpec
-from hfq.kernels import dispatch, layouts, reference
+from hfq.formats.affine import expand
+from hfq.formats.spec import PER_TENSOR, QuantSpec
+from hfq.kernels import dispatch, reference
 from hfq.kernels.isa import float_compute, isa
-from hfq.kernels.packed import PackedWeight, Runtime
+from hfq.kernels.packed import Layout, PackedWeight, Runtime, register
 from hfq.kernels.workspace import scratch
 
-__all__ = ["Geometry", "geometry", "group_of", "nibble_block", "nibbles"]
+__all__ = ["Geometry", "geometry", "group_of", "lost", "nibble_block", "nibbles"]
 
 _pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
 _mm = torch.ops.aten._weight_int4pack_mm_for_cpu.default
@@ -121,18 +122,58 @@ def _through_identity(packed: torch.Tensor, geo: Geometry) -> torch.Tensor:
     return out
 
 
-def _grid(packed: PackedWeight, geo: Geometry, width: float, middle: float) -> torch.Tensor:
-    """The operator's ``[K / group, N, 2]``: scale ``s * width`` and zero ``(middle - z) * s``; padding gets zeros."""
-    rows, spec = packed.out_features, packed.spec
-    # From the scale that the operator sees, so that a code equal to the zero point stays close to zero.
+def _centre(zero_point: torch.Tensor | None, spec: QuantSpec) -> torch.Tensor:
+    """The code stored as the operator's middle (8, or 136 of two planes): float32, one number or one a group.
+
+    The operator adds ``zero`` in bfloat16 to ``(nibble - 8) * scale``, and two planes are summed after rounding: what
+    cancels there cancels with bfloat16's precision. So the zero point goes to the middle wherever all codes then fit,
+    which leaves nothing to cancel. 4 and 8 bits fill the planes; 7 bits have room for zero points from 8.
+    """
+    middle = 8.0 if spec.bits <= 4 else 136.0
+    if spec.bits in (4, 8):
+        return torch.tensor(middle)
+    if zero_point is None:
+        return torch.tensor(float(spec.middle))
+    return zero_point.float().round().clamp(8 if spec.bits == 7 else 0, spec.max_code)
+
+
+def _per_group(values: torch.Tensor, packed_shape: tuple[int, int], spec: QuantSpec, geo: Geometry) -> torch.Tensor:
+    """A parameter of the canonical groups as ``[K / group, rows]`` of the operator's groups."""
+    rows, in_features = packed_shape
+    values = values.expand(rows, -1) if values.dim() else values.expand(rows, 1)
+    index = torch.arange(geo.K // geo.group) * geo.group // spec.group_length(in_features)
+    return values[:, index.clamp(max=values.shape[1] - 1)].t()
+
+
+def _grids(packed: PackedWeight, geo: Geometry) -> list[torch.Tensor]:
+    """The operator's ``[K / group, N, 2]`` for each plane: ``scale`` and ``zero``; padding rows are zero.
+
+    The scale is the one that the operator sees, so that all codes of a group share one relative error. Of two planes
+    the high one takes whole steps of its own, the low one the rest, less than one such step.
+    """
+    shape, spec = (packed.out_features, packed.in_features), packed.spec
     scale = packed.scale.to(torch.bfloat16).float()
     zero = torch.tensor(float(spec.middle)) if packed.zero_point is None else packed.zero_point.float()
-    both = torch.stack([scale * width, (middle - zero) * scale], -1).expand(rows, -1, 2)
-    length = spec.group_length(packed.in_features)
-    index = (torch.arange(geo.K // geo.group) * geo.group // length).clamp(max=both.shape[1] - 1)
-    out = torch.zeros(geo.K // geo.group, geo.N, 2, dtype=torch.bfloat16)
-    out[:, :rows] = both[:, index].transpose(0, 1)
-    return out
+    offset = (_centre(packed.zero_point, spec) - zero) * scale
+    parts = [(scale, offset)]
+    if spec.bits > 4:
+        steps = scale * 16
+        high = ((offset / steps).round() * steps).to(torch.bfloat16).float()
+        parts = [(scale, offset - high), (steps, high)]
+    grids = []
+    for width, shift in parts:
+        grid = torch.zeros(geo.K // geo.group, geo.N, 2, dtype=torch.bfloat16)
+        grid[:, : shape[0], 0] = _per_group(width, shape, spec, geo)
+        grid[:, : shape[0], 1] = _per_group(shift, shape, spec, geo)
+        grids.append(grid)
+    return grids
+
+
+def _shift(zero_point: torch.Tensor | None, spec: QuantSpec, in_features: int) -> torch.Tensor | int:
+    """What is added to a code to make its nibble (or byte of two nibbles): uint8 per element, or one number."""
+    middle = 8 if spec.bits <= 4 else 136
+    centre = _centre(zero_point, spec)
+    return expand((middle - centre).to(torch.uint8), in_features, spec) if centre.dim() else middle - int(centre)
 
 
 def _shared(packed: PackedWeight) -> dict[str, torch.Tensor]:
@@ -148,7 +189,7 @@ def _note(packed: PackedWeight, geo: Geometry, planes: int) -> str:
         parts.append(f"{packed.spec.bits}-bit codes take {4 * planes} bits")
     each = " and plane" if planes > 1 else ""
     parts.append(f"scales and zeros again in bfloat16, 32 bits a group of {geo.group}{each}")
-    if (geo.N, geo.K) != (packed.out_features, packed.in_features):
+    if (packed.out_features, packed.in_features) != (geo.N, geo.K):
         parts.append(f"padded to {geo.N} x {geo.K}")
     return "; ".join(parts)
 
@@ -156,15 +197,15 @@ def _note(packed: PackedWeight, geo: Geometry, planes: int) -> str:
 def _make(layout: str, packed: PackedWeight, dtype: torch.dtype) -> Runtime:
     geo = geometry(packed.spec, packed.out_features, packed.in_features)
     codes = bitpack.unpack(packed.qweight, packed.spec.bits, packed.in_features)
+    grids = _grids(packed, geo)
+    codes = codes + _shift(packed.zero_point, packed.spec, packed.in_features)
     if layout == "int4pack":
-        tensors = {"low": pack_nibbles(codes, geo), "low_grid": _grid(packed, geo, 1.0, 8.0)}
+        tensors = {"low": pack_nibbles(codes, geo), "low_grid": grids[0]}
     else:
-        # value = (hi - 8) * 16 s + (136 - z) s  +  (lo - 8) * s: the offsets of both nibbles sit in the larger plane.
         tensors = {
             "low": pack_nibbles(codes & 15, geo), "high": pack_nibbles(codes >> 4, geo),
-            "low_grid": _grid(packed, geo, 1.0, 0.0), "high_grid": _grid(packed, geo, 16.0, 136.0),
+            "low_grid": grids[0], "high_grid": grids[1],
         }
-        tensors["low_grid"][..., 1] = 0
     note = _note(packed, geo, 1 if layout == "int4pack" else 2)
     return Runtime(
         layout, {**tensors, **_shared(packed)}, packed.spec, packed.in_features, packed.out_features, dtype, note,
@@ -172,18 +213,28 @@ def _make(layout: str, packed: PackedWeight, dtype: torch.dtype) -> Runtime:
     )
 
 
-def _geometry(runtime: Runtime) -> Geometry:
+def _geometry(runtime: Runtime) -> tuple[Geometry, float]:
+    """Padded sizes, and what one scale per tensor lost in bfloat16: an error that all outputs would share."""
     if runtime.extra is None:
-        runtime.extra = geometry(runtime.spec, runtime.out_features, runtime.in_features)
+        runtime.extra = (geometry(runtime.spec, runtime.out_features, runtime.in_features), lost(runtime))
     return runtime.extra
 
 
+def lost(runtime: Runtime) -> float:
+    """Ratio of the scale to its bfloat16 rounding, for one scale per tensor; else 1."""
+    if runtime.spec.group_size != PER_TENSOR:
+        return 1.0
+    scale = runtime.scale.flatten()[0].double()
+    return float(scale / scale.to(torch.bfloat16))
+
+
 def _codes(runtime: Runtime) -> torch.Tensor:
-    geo = _geometry(runtime)
+    geo, _ = _geometry(runtime)
     codes = nibbles(runtime.tensors["low"], geo)
     if "high" in runtime.tensors:
         codes |= nibbles(runtime.tensors["high"], geo) << 4
-    return codes[: runtime.out_features, : runtime.in_features]
+    codes = codes[: runtime.out_features, : runtime.in_features]
+    return codes - _shift(runtime.zero_point, runtime.spec, runtime.in_features)
 
 
 def _canonical(runtime: Runtime) -> torch.Tensor:
@@ -210,19 +261,21 @@ def _output(y: torch.Tensor, runtime: Runtime, dtype: torch.dtype, bias: torch.T
 def int4pack(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None) -> torch.Tensor:
     """Small M: the fused operator, once for each plane of nibbles."""
     tensors = runtime.tensors
-    geo = _geometry(runtime)
+    geo, ratio = _geometry(runtime)
     xb = _input(x, geo, torch.bfloat16)
     y = _mm(xb, tensors["low"], geo.group, tensors["low_grid"])
     if "high" in tensors:
         # The sum of both planes is taken in float32: a rounding of y less.
         y = _mm(xb, tensors["high"], geo.group, tensors["high_grid"]).float().add_(y)
+    if ratio != 1.0:
+        y = y.float().mul_(ratio)
     return _output(y, runtime, x.dtype, bias)
 
 
 @dispatch.backend("wna16", "int4pack_dequant")
 def int4pack_dequant(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None) -> torch.Tensor:
     """Large M: dequantize slabs of columns into a buffer that stays in cache, and multiply each."""
-    geo = _geometry(runtime)
+    geo, ratio = _geometry(runtime)
     dtype = float_compute(isa())
     xc = _input(x, geo, dtype)
     block, half = nibble_block()[0], nibble_block()[0] // 2
@@ -230,25 +283,28 @@ def int4pack_dequant(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | Non
     for start in range(0, geo.N, CHUNK_N):
         width = min(CHUNK_N, geo.N - start)
         blocks = width // block
-        part = torch.mm(xc, _slab(runtime, geo, start, width, dtype))
+        part = torch.mm(xc, _slab(runtime.tensors, geo, start, width, dtype, ratio))
         # Columns come as (half, block, byte); the output wants (block, half, byte).
         target = y[:, start : start + width].view(-1, blocks, 2, half)
         target.copy_(part.view(-1, 2, blocks, half).transpose(1, 2))
     return _output(y, runtime, x.dtype, bias)
 
 
-def _slab(runtime: Runtime, geo: Geometry, start: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Columns ``start:start + width`` of the transposed weight, ``[K, width]``, columns in (half, block, byte) order."""
-    tensors = runtime.tensors
+def _slab(
+    tensors: dict[str, torch.Tensor], geo: Geometry, start: int, width: int, dtype: torch.dtype, ratio: float
+) -> torch.Tensor:
+    """Columns ``start:start + width`` of the transposed weight, ``[K, width]``, in (half, block, byte) order."""
     block, half = nibble_block()[0], nibble_block()[0] // 2
     blocks, groups = width // block, geo.K // geo.group
     grid = tensors["low_grid"][:, start : start + width].view(groups, blocks, 2, half, 2)
-    grid = grid.permute(4, 0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format).view(2, groups, 1, width)
+    grid = grid.permute(4, 0, 2, 1, 3).float().reshape(2, groups, 1, width)
     scale, shift = grid[0], grid[1] - 8 * grid[0]
     if "high" in tensors:
-        # code = lo + 16 hi, so the offset of the low plane's middle is the high grid's zero less its own middle.
+        # (lo - 8) s + zero_lo + (hi - 8) 16 s + zero_hi = (lo + 16 hi) s + shift
         high = tensors["high_grid"][:, start : start + width, 1].view(groups, blocks, 2, half)
-        shift = high.permute(0, 2, 1, 3).float().reshape(groups, 1, width) - 136 * scale
+        shift = shift + high.permute(0, 2, 1, 3).float().reshape(groups, 1, width) - 128 * scale
+    if ratio != 1.0:
+        scale, shift = scale * ratio, shift * ratio
     out = scratch("slab", (geo.K, width), dtype)
     step = max(CHUNK_K // geo.group, 1) * geo.group
     for k in range(0, geo.K, step):
@@ -287,6 +343,6 @@ def _dequantize(runtime: Runtime, dtype: torch.dtype) -> torch.Tensor:
 
 
 for _layout in ("int4pack", "nibbles"):
-    layouts.register(_layout, layouts.Layout(
+    register(_layout, Layout(
         make=functools.partial(_make, _layout), canonical=_canonical, dequantize=_dequantize,
     ))

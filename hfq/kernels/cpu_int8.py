@@ -10,9 +10,10 @@ import torch
 
 from hfq.formats import bitpack
 from hfq.formats.affine import expand
-from hfq.kernels import dispatch, layouts, reference
+from hfq.kernels import dispatch, reference
+from hfq.kernels.cpu_int4 import lost
 from hfq.kernels.isa import float_compute, isa
-from hfq.kernels.packed import PackedWeight, Runtime
+from hfq.kernels.packed import Layout, PackedWeight, Runtime, register
 from hfq.kernels.workspace import scratch
 
 __all__ = ["offset_fits"]
@@ -85,6 +86,10 @@ def int8pack(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None) -> to
     y = _mm(_input(x, weight.shape[1], torch.bfloat16), weight, runtime.tensors["row_scale"])
     if y.shape[-1] != runtime.out_features:
         y = y[:, : runtime.out_features]
+    if runtime.extra is None:
+        runtime.extra = lost(runtime)
+    if runtime.extra != 1.0:
+        y = y.float().mul_(runtime.extra)
     if y.dtype != x.dtype or not y.is_contiguous():
         y = y.to(x.dtype).contiguous()
     return y if bias is None else y.add_(bias)
@@ -114,4 +119,4 @@ def _dequantize(runtime: Runtime, dtype: torch.dtype) -> torch.Tensor:
     return reference.dequantize(runtime.packed(), dtype)
 
 
-layouts.register("int8", layouts.Layout(make=_make, canonical=_canonical, dequantize=_dequantize))
+register("int8", Layout(make=_make, canonical=_canonical, dequantize=_dequantize))

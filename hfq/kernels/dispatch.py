@@ -22,7 +22,8 @@ from hfq.kernels.isa import isa
 from hfq.kernels.packed import Runtime
 
 __all__ = [
-    "BACKENDS", "Case", "Choice", "Row", "add_rows", "backend", "case_of", "choose", "explain", "forced", "table", "use",
+    "BACKENDS", "Case", "Choice", "Row", "add_rows", "backend", "case_of", "choose", "explain", "forced", "table",
+    "use",
 ]
 
 ANY_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -189,7 +190,8 @@ def _choose(case: Case, wanted: str | None) -> tuple[Row, tuple[tuple[str, str, 
         passed.append((row.backend, why, counts))
     what = f"backend {wanted!r} of {case.op}" if wanted else f"any backend of {case.op}"
     reasons = "; ".join(f"{name}: {why}" for name, why, _ in passed) or "it does not exist"
-    raise KernelError(f"{what} cannot serve M={case.M} N={case.N} K={case.K} ({case.bits} bits, {case.device}): {reasons}")
+    where = f"M={case.M} N={case.N} K={case.K} ({case.bits} bits, {case.device})"
+    raise KernelError(f"{what} cannot serve {where}: {reasons}")
 
 
 def choose(case: Case, name: str = "") -> Row:

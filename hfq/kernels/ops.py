@@ -12,8 +12,7 @@ import torch
 
 from hfq.formats import QuantSpec
 from hfq.kernels import dispatch
-from hfq.kernels.layouts import LAYOUTS
-from hfq.kernels.packed import Runtime
+from hfq.kernels.packed import LAYOUTS, Runtime
 
 __all__ = ["call", "run"]
 
@@ -58,6 +57,9 @@ def run(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None) -> torch.T
 
 def call(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None) -> torch.Tensor:
     """``x @ W.T + bias`` through the operator: traceable, and differentiable in ``x`` and ``bias``."""
+    own = LAYOUTS[runtime.layout].operator
+    if own is not None:
+        return own(x, runtime, bias)
     names = list(runtime.tensors)
     y = torch.ops.hfq.wna16(x, [runtime.tensors[name] for name in names], names, runtime.layout, _format(runtime))
     return y if bias is None else y + bias.to(y.dtype)

@@ -16,7 +16,7 @@ from hfq.errors import CheckpointError
 from hfq.formats import QuantSpec
 from hfq.formats.bitpack import packed_bytes
 
-__all__ = ["PackedWeight", "Runtime"]
+__all__ = ["LAYOUTS", "Layout", "PackedWeight", "Runtime", "register"]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Runtime:
     """One weight in the layout of one backend. Made by :func:`hfq.kernels.prepare`, never saved.
 
     Attributes:
-        layout: name of the layout (a key of :data:`hfq.kernels.layouts.LAYOUTS`).
+        layout: name of the layout (a key of :data:`LAYOUTS`).
         tensors: what the backend reads, by name. ``scale`` and ``zero_point`` are the canonical ones, shared.
         spec, in_features, out_features, name: as in :class:`PackedWeight`.
         dtype: activation dtype the layout was made for.
@@ -97,8 +97,6 @@ class Runtime:
 
     def canonical(self) -> torch.Tensor:
         """The canonical ``qweight`` ``[out_features, bytes]``, bit for bit what :func:`prepare` was given."""
-        from hfq.kernels.layouts import LAYOUTS
-
         return LAYOUTS[self.layout].canonical(self)
 
     def packed(self) -> PackedWeight:
@@ -106,3 +104,31 @@ class Runtime:
         return PackedWeight(
             self.canonical(), self.scale, self.zero_point, self.spec, self.in_features, self.out_features, self.name
         )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to hold a weight.
+
+    Attributes:
+        make: ``(packed, dtype) -> Runtime``.
+        canonical: ``runtime -> qweight`` uint8 ``[out_features, bytes]``, bit exact.
+        dequantize: ``(runtime, dtype) -> [out_features, in_features]``.
+        operator: ``(x, runtime, bias) -> y`` if the layout has an operator of its own that can be traced and
+            differentiated; else tracing and gradients go through ``hfq::wna16``.
+    """
+
+    make: Callable[[PackedWeight, torch.dtype], Runtime]
+    canonical: Callable[[Runtime], torch.Tensor]
+    dequantize: Callable[[Runtime, torch.dtype], torch.Tensor]
+    operator: Callable[[torch.Tensor, Runtime, torch.Tensor | None], torch.Tensor] | None = None
+
+
+LAYOUTS: dict[str, Layout] = {}
+
+
+def register(name: str, layout: Layout) -> None:
+    """Add a layout; a name is taken once."""
+    if name in LAYOUTS:
+        raise ValueError(f"layout {name!r} is already registered")
+    LAYOUTS[name] = layout

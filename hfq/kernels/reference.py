@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from hfq.formats import affine, bitpack
-from hfq.kernels.packed import PackedWeight
+from hfq.kernels.packed import Layout, PackedWeight, Runtime, register
 
 __all__ = ["dequantize", "embedding", "linear"]
 
@@ -37,3 +37,21 @@ def linear(
 def embedding(ids: torch.Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Rows ``ids`` (any shape ``[...]``) of the dequantized matrix: ``[..., in_features]``."""
     return dequantize(weight, dtype)[ids]
+
+
+def _make(packed: PackedWeight, dtype: torch.dtype) -> Runtime:
+    tensors = {"qweight": packed.qweight, "scale": packed.scale}
+    if packed.zero_point is not None:
+        tensors["zero_point"] = packed.zero_point
+    return Runtime(
+        "canonical", tensors, packed.spec, packed.in_features, packed.out_features, dtype, "canonical codes",
+        packed.name,
+    )
+
+
+# The canonical form as a layout: for backends that read the codes as they are stored.
+register("canonical", Layout(
+    make=_make,
+    canonical=lambda runtime: runtime.tensors["qweight"],
+    dequantize=lambda runtime, dtype: dequantize(runtime.packed(), dtype),
+))
