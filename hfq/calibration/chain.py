@@ -2,8 +2,8 @@
 
 All blocks of a chain are captured at once by a *skeleton* pass: the model runs with every block of the stack replaced
 by one that hands its input on, so that the keywords of all blocks (masks, position embeddings, encoder states) are
-known for the price of the embeddings. Whether that is right is checked, not assumed: the recorded keywords must be those of a
-real pass, and the tensors that change must be outputs of the block before.
+known for the price of the embeddings. Whether that is right is checked, not assumed: the recorded keywords must be
+those of a real pass, and the tensors that change must be outputs of the block before.
 """
 
 from __future__ import annotations

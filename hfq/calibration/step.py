@@ -111,6 +111,10 @@ class Step:
         """The model's inputs that call ``i`` of the block came from."""
         return self.batches[self._batch_index[i]]
 
+    def batch_number(self, i: int) -> int:
+        """Position in ``batches`` of ``batch(i)``."""
+        return self._batch_index[i]
+
     def hidden(self, i: int) -> torch.Tensor:
         """The hidden state of the quantized stream that enters the block in call ``i``."""
         return self.inputs.hidden(i)

@@ -117,8 +117,8 @@ class Texts:
         if count < max(wanted, 1):
             raise DataError(
                 f"the calibration text is too short: found {len(ids)} tokens, "
-                f"{max(wanted, 1) * self.seqlen} are needed for {max(wanted, 1)} windows of {self.seqlen}; give more text, "
-                "or lower calibration_samples or calibration_seqlen"
+                f"{max(wanted, 1) * self.seqlen} are needed for {max(wanted, 1)} windows of {self.seqlen}; "
+                "give more text, or lower calibration_samples or calibration_seqlen"
             )
         chosen = random.Random(self.seed).sample(range(count), wanted)
         return [{"input_ids": torch.tensor(ids[i * self.seqlen : (i + 1) * self.seqlen])} for i in chosen]
