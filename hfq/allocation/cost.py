@@ -1,0 +1,83 @@
+"""What a width costs: stored bits with all metadata, or nominal bits. Costs add up over names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from hfq.errors import ConfigError
+from hfq.formats import QuantSpec
+from hfq.formats.bitpack import packed_bytes
+
+__all__ = ["Costs", "Scores", "average", "checked", "join", "nominal_bits", "stored_bits", "table", "total"]
+
+Costs = Mapping[str, Mapping[int, float]]
+Scores = Mapping[str, Mapping[int, float]]
+
+_SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def stored_bits(rows: int, in_features: int, spec: QuantSpec) -> int:
+    """Bits on disk of a ``[rows, in_features]`` matrix: packed codes, scales and zero points."""
+    codes = rows * packed_bytes(in_features, spec.bits)
+    shape = spec.parameter_shape(rows, in_features)
+    scale = _SCALE_BYTES[spec.scale_dtype]
+    zero = 0 if spec.symmetric else scale if spec.zero_point == "float" else 1
+    return 8 * (codes + shape[0] * shape[1] * (scale + zero))
+
+
+def nominal_bits(numel: int, widths: Iterable[int]) -> dict[int, float]:
+    """Bits of the codes alone."""
+    return {bits: float(numel * bits) for bits in widths}
+
+
+def table(shapes: Mapping[str, tuple[int, int]], spec: QuantSpec, widths: Iterable[int]) -> dict[str, dict[int, float]]:
+    """Stored bits of every matrix (name → ``(rows, in_features)``) at every width, otherwise as ``spec``."""
+    widths = list(widths)
+    return {
+        name: {bits: float(stored_bits(*shape, spec.with_bits(bits))) for bits in widths}
+        for name, shape in shapes.items()
+    }
+
+
+def join(costs: Costs, members: Mapping[str, Sequence[str]]) -> dict[str, dict[int, float]]:
+    """Costs (or additive scores) of units that share a width: unit → its members, for example block → sites."""
+    joined = {}
+    for unit, names in members.items():
+        widths = set.intersection(*(set(costs[name]) for name in names)) if names else set()
+        joined[unit] = {bits: sum(costs[name][bits] for name in names) for bits in sorted(widths)}
+    return joined
+
+
+def total(costs: Costs, chosen: Mapping[str, int]) -> float:
+    """Cost of an allocation."""
+    return sum(costs[name][bits] for name, bits in chosen.items())
+
+
+def average(sizes: Mapping[str, int], chosen: Mapping[str, int]) -> float:
+    """Mean nominal bits a weight; ``sizes`` counts the weights of each name."""
+    return sum(sizes[name] * bits for name, bits in chosen.items()) / sum(sizes[name] for name in chosen)
+
+
+def checked(scores: Scores, costs: Costs, budget: float) -> None:
+    """Refuse tables that do not belong together, and budgets that even the cheapest allocation exceeds.
+
+    Raises:
+        ConfigError: with the names, or with the least budget that works.
+    """
+    if set(scores) != set(costs):
+        raise ConfigError(f"scores and costs name different things: {sorted(set(scores) ^ set(costs))[:5]}")
+    for name, row in scores.items():
+        if not row or set(row) != set(costs[name]):
+            raise ConfigError(f"{name}: scores for {sorted(row)} and costs for {sorted(costs[name])} bits")
+        if any(value != value for value in (*row.values(), *costs[name].values())):
+            raise ConfigError(f"{name}: a score or cost is not a number")
+    least = sum(min(row.values()) for row in costs.values())
+    if not fits(least, budget):
+        raise ConfigError(
+            f"budget {budget:.6g} is below the least possible cost {least:.6g}: raise it or allow smaller widths"
+        )
+
+
+def fits(cost: float, budget: float) -> bool:
+    """Whether a cost is within the budget, up to the rounding of sums of floats."""
+    return cost <= budget + 1e-9 * max(abs(budget), 1.0)
