@@ -219,6 +219,16 @@ class HfqConfig(QuantizationConfigMixin):
 
         return graph.read(model, skip=self.skip, ask=self.named)
 
+    def traced_plan(self, model: Any, batches: Sequence[Mapping[str, Any]]) -> Any:
+        """The plan with sites in execution order, grouped by the tensor they read: one forward pass of the first row."""
+        from hfq.calibration import capture
+        from hfq.graph import trace
+
+        plan = self.plan(model)
+        with capture.quiet(model):
+            trace.order_groups(plan, lambda: capture.forward(model, capture.row_of(batches[0])))
+        return plan
+
     def placement(self, module: Any) -> AbstractContextManager[Any]:
         """Context in which ``module`` is materialised on its device, wherever it is kept (used by recipes)."""
         place = getattr(self._environment, "placement", None)

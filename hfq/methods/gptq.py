@@ -1,0 +1,57 @@
+"""GPTQ (arXiv 2210.17323): column-by-column rounding with error feedback. A baseline of the tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hfq.config import HfqConfig, option
+from hfq.errors import ConfigError
+from hfq.report import Report
+
+__all__ = ["GPTQConfig", "quantize"]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class GPTQConfig(HfqConfig):
+    """GPTQ weights.
+
+    Args:
+        percdamp: share of the mean diagonal that is added to the Hessian's diagonal (again, up to 49 times, while it
+            cannot be factorised).
+        act_order: columns with the largest inputs first; with groups it needs ``static_groups``.
+        static_groups: grids from the original weight, not from the weight as updated when its group begins.
+        sequential: solve the sites of a block in execution order, each on the inputs that the ones before it leave.
+        clip: search of a group's range: "none" (its extremes), "mse" or "percentile".
+    """
+
+    method = "gptq"
+
+    percdamp: float = option(0.01, range=(0.0, 1.0))
+    act_order: bool = option(False)
+    static_groups: bool = option(False)
+    sequential: bool = option(True)
+    clip: str = option("none", choices=("none", "mse", "percentile"))
+
+    def check(self) -> None:
+        if self.act_order and self.group_size > 0 and not self.static_groups:
+            raise ConfigError(
+                "act_order=True with groups needs static_groups=True: a group's grid has to be known before its "
+                "columns, which are taken out of order"
+            )
+
+
+def quantize(model: Any, data: Any, config: GPTQConfig, report: Report) -> None:
+    """Walk the blocks on the quantized stream and solve each site against the Hessian of its inputs."""
+    from hfq.calibration.walk import walk
+    from hfq.reconstruction.columns import Solver, solve_block
+    from hfq.reconstruction.direct import pack_outside
+
+    plan = config.traced_plan(model, data)
+    solver = Solver(
+        percdamp=config.percdamp, act_order=config.act_order, static_groups=config.static_groups, clip=config.clip,
+        sequential=config.sequential,
+    )
+    for step in walk(plan, data, report=report, **config.walk_options()):
+        solve_block(step, config.spec_for, solver)
+    pack_outside(plan, config, report)

@@ -1,0 +1,50 @@
+"""Rounding of single sites without data: the whole of round-to-nearest, and what other methods do outside the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from hfq.formats import QuantSpec
+from hfq.layers import swap
+from hfq.report import Report
+from hfq.rounding import nearest
+
+__all__ = ["pack_nearest", "pack_outside"]
+
+
+def pack_nearest(
+    model: nn.Module, site: Any, spec: QuantSpec, report: Report, *, clip: str = "none", reason: str = ""
+) -> None:
+    """Replace ``site`` by a packed layer with every weight at the closest point of its group's grid.
+
+    A kind of site that has no packed layer becomes a refused row of the report.
+    """
+    asked = spec.to_dict()
+    if site.kind == "experts":
+        codes = {
+            name: [nearest.solve(matrix, spec, clip=clip) for matrix in getattr(site.module, name).detach()]
+            for name in site.tensors
+        }
+        swap.swap_experts(model, site.name, codes, report, asked=asked, reason=reason)
+    elif site.kind in ("linear", "transposed", "embedding"):
+        weight = site.weight.detach()
+        matrix = weight.t() if site.kind == "transposed" else weight
+        swap.swap(model, site.name, nearest.solve(matrix, spec, clip=clip), report, asked=asked, reason=reason)
+    else:
+        why = f"no packed layer for sites of kind {site.kind!r}"
+        report.refuse(site.name, why, kind=site.kind, asked=asked, numel=site.numel)
+
+
+def pack_outside(plan: Any, config: Any, report: Report, *, clip: str = "none") -> None:
+    """Round the sites outside the blocks to nearest: a walk over blocks has no inputs for them.
+
+    ``config`` gives ``spec_for(name)`` and ``placement(module)``.
+    """
+    spec_for: Callable[[str], QuantSpec] = config.spec_for
+    for site in plan.outside:
+        with config.placement(site.module):
+            pack_nearest(plan.model, site, spec_for(site.name), report, clip=clip,
+                         reason="outside the blocks: rounded to nearest, without calibration")
