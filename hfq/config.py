@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import Field, dataclass, field, fields
@@ -203,30 +204,21 @@ class HfqConfig(QuantizationConfigMixin):
             values["zero_point"] = "int"
         return QuantSpec(**values)
 
-    @property
-    def skip(self) -> list[str]:
-        """Patterns of the modules to leave alone: ``modules_to_not_convert`` and overrides with 16 bits."""
-        return [*(self.modules_to_not_convert or ()), *(p for p, v in self.overrides.items() if v.get("bits") == 16)]
-
-    @property
-    def named(self) -> list[str]:
-        """Patterns of ``overrides`` that ask for codes: they lift hfq's own rule for output heads."""
-        return [pattern for pattern, values in self.overrides.items() if values.get("bits", self.bits) != 16]
-
     def plan(self, model: Any) -> Any:
-        """``graph.read`` of ``model`` with this config's skip rule: the sites that are asked for."""
+        """``graph.read`` of ``model``: its sites are those that this config asks for, in the order it finds them.
+
+        An override that ends a site's name (``lm_head``) lifts hfq's own rule for it; a wildcard does not.
+        """
         from hfq import graph
 
-        return graph.read(model, skip=self.skip, ask=self.named)
-
-    def traced_plan(self, model: Any, batches: Sequence[Mapping[str, Any]]) -> Any:
-        """The plan with sites in execution order, grouped by the tensor they read: one forward pass of the first row."""
-        from hfq.calibration import capture
-        from hfq.graph import trace
-
-        plan = self.plan(model)
-        with capture.quiet(model):
-            trace.order_groups(plan, lambda: capture.forward(model, capture.row_of(batches[0])))
+        skip = list(self.modules_to_not_convert or ())
+        sites = [site.name for site in graph.read(model).every_site]
+        named = [name for name in sites if any(f".{name}".endswith(f".{pattern}") for pattern in self.overrides)]
+        floats = [name for name in sites if self.spec_for(name) is None]
+        plan = graph.read(model, skip=[*skip, *map(_exactly, floats)], ask=[*map(_exactly, named)])
+        for name in floats:
+            if select.first_match(name, skip) is None:
+                plan.skipped[name] = "16 bits: left as it is"
         return plan
 
     def placement(self, module: Any) -> AbstractContextManager[Any]:
@@ -343,11 +335,15 @@ class HfqConfig(QuantizationConfigMixin):
 
 
 def _config_class(slug: str, suffix: str = "") -> type[HfqConfig]:
-    # By name, as a plugin is found: the configuration layer does not depend on the methods above it.
+    # By name, as a plugin is found: configs do not depend on the methods above them.
     try:
         return importlib.import_module("hfq.methods").config_class(slug)
     except ConfigError as error:
         raise ConfigError(f"{error}{suffix}") from None
+
+
+def _exactly(name: str) -> str:
+    return "re:" + re.escape(name)
 
 
 def _dtype_name(dtype: Any) -> str | None:
