@@ -73,7 +73,9 @@ def solve_block(
                 _linears(step, shared, moments, spec_for(shared[0].name), solver, online)
 
 
-def _together(sites: Sequence[Any], moments: Mapping[str, Any], spec_for: Callable[[str], QuantSpec]) -> list[list[Any]]:
+def _together(
+    sites: Sequence[Any], moments: Mapping[str, Any], spec_for: Callable[[str], QuantSpec]
+) -> list[list[Any]]:
     """Linears that share a Hessian and a grid are solved in one pass over the columns."""
     found: dict[Any, list[Any]] = {}
     for site in sites:

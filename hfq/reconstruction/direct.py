@@ -1,4 +1,4 @@
-"""Rounding of single sites without data: the whole of round-to-nearest, and what other methods do outside the blocks."""
+"""Rounding of single sites without data: all of round-to-nearest, and what other methods do outside the blocks."""
 
 from __future__ import annotations
 
