@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ class Environment:
     """What the layers below need from the libraries above; every entry is optional.
 
     Attributes:
-        placement: ``placement(module)`` is a context in which the module's tensors are in memory on their device.
+        placement: ``placement(model)`` gives ``place``, or ``None`` if nothing is offloaded; ``with place(module)`` the
+            module's tensors are in memory on their device.
         load_processor: ``load_processor(model, config, data)`` gives a tokenizer or processor.
         load_hub: ``load_hub(name)`` gives the rows of a data set that is named by a string.
         progress: ``progress(total, description)`` makes a progress bar with ``update()`` and ``close()``.
@@ -44,7 +45,7 @@ class Environment:
         untie: ``untie(model, name)`` gives a module whose weight is tied to another one a weight of its own.
     """
 
-    placement: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
+    placement: Callable[[nn.Module], Callable[[nn.Module], AbstractContextManager[Any]] | None] | None = None
     load_processor: Callable[[nn.Module, HfqConfig, Any], Any] | None = None
     load_hub: Callable[..., Iterable[Any]] | None = None
     progress: Callable[[int, str], Any] | None = None
@@ -87,7 +88,8 @@ def quantize(model: nn.Module, config: HfqConfig, data: Any = None) -> Report:
     """
     config.validate()
     _check_model(model, config)
-    config._environment = _ENVIRONMENT
+    place = None if _ENVIRONMENT.placement is None else _ENVIRONMENT.placement(model)
+    config._environment = replace(_ENVIRONMENT, placement=place)
     started, memory = time.perf_counter(), PeakMemory()
     with memory, torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

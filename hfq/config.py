@@ -71,9 +71,6 @@ class HfqConfig(QuantizationConfigMixin):
         dequantize: when loading a packed checkpoint, give back a float model.
         work_dir: folder of the progress files; a run that finds some continues.
         progress: whether to show progress bars; not saved.
-
-    Raises:
-        ConfigError: unknown field, value of the wrong type or out of range, impossible combination.
     """
 
     supports_activation_bits: ClassVar[bool] = False
@@ -137,11 +134,7 @@ class HfqConfig(QuantizationConfigMixin):
         self.validate()
 
     def validate(self) -> None:
-        """Check every field, then the combinations.
-
-        Raises:
-            ConfigError: naming the field, its value and what is allowed.
-        """
+        """Check every field, then the combinations; :class:`ConfigError` names the field and what is allowed."""
         self.compute_dtype = _dtype_name(self.compute_dtype)
         hints = type_hints(type(self))
         for f in fields(self):
@@ -215,7 +208,7 @@ class HfqConfig(QuantizationConfigMixin):
         sites = [site.name for site in graph.read(model).every_site]
         named = [name for name in sites if any(f".{name}".endswith(f".{pattern}") for pattern in self.overrides)]
         floats = [name for name in sites if self.spec_for(name) is None]
-        plan = graph.read(model, skip=[*skip, *map(_exactly, floats)], ask=[*map(_exactly, named)])
+        plan = graph.read(model, skip=skip + _exactly(floats), ask=_exactly(named))
         for name in floats:
             if select.first_match(name, skip) is None:
                 plan.skipped[name] = "16 bits: left as it is"
@@ -237,7 +230,6 @@ class HfqConfig(QuantizationConfigMixin):
         }
 
     data = property(lambda self: self._data, doc="The calibration data as given (object, path or Hub id), or ``None``.")
-
     @property
     def torch_compute_dtype(self) -> Any:
         """``compute_dtype`` as a torch dtype, or ``None``."""
@@ -342,8 +334,8 @@ def _config_class(slug: str, suffix: str = "") -> type[HfqConfig]:
         raise ConfigError(f"{error}{suffix}") from None
 
 
-def _exactly(name: str) -> str:
-    return "re:" + re.escape(name)
+def _exactly(names: list[str]) -> list[str]:
+    return [f"re:{re.escape(name)}" for name in names]
 
 
 def _dtype_name(dtype: Any) -> str | None:

@@ -128,7 +128,34 @@ def test_spec_follows_overrides_in_order():
     assert (config.spec_for("layers.1.mlp.down").bits, config.spec_for("layers.1.mlp.down").group_size) == (8, 32)
     assert config.spec_for("layers.2.attn.q") is None
     assert config.spec_for("layers.20.attn.q").bits == 4
-    assert config.skip == ["layers.2"] and config.named == ["*.mlp.*", "layers.1.mlp.down"]
+
+
+def test_plan_follows_bits_and_names():
+    names = ("a", "b", "head")
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Block(), Block()])
+            self.head = torch.nn.Linear(4, 9)
+
+    def asked(**values):
+        return [site.name for site in RTNConfig(**values).plan(Model()).sites]
+
+    every = [f"layers.{i}.{n}" for i in range(2) for n in names[:2]]
+    assert asked() == every and asked(bits=16) == []
+    assert asked(overrides={"head": {"bits": 8}}) == [*every, "head"]
+    assert asked(overrides={"*": {"bits": 8}}) == every, "a wildcard does not ask for heads"
+    assert asked(overrides={"layers.0": {"bits": 16}, "layers.0.b": {"bits": 3}}) == every[1:], "later patterns win"
+    assert asked(bits=16, overrides={"*.a": {"bits": 4}}) == [every[0], every[2]]
+    assert asked(modules_to_not_convert=["b"]) == [every[0], every[2]]
+    skipped = RTNConfig(overrides={"layers.0": {"bits": 16}}).plan(Model()).skipped
+    assert skipped["layers.0.a"] == "16 bits: left as it is" and "head" in skipped["head"]
 
 
 def test_value_for_reads_method_fields():
