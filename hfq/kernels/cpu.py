@@ -1,13 +1,6 @@
-"""The rows of the dispatch table for the CPU, with the thresholds that the benchmark measured, and the slow backends.
-
-Thresholds are rows of M (tokens): above them dequantizing once and multiplying in floating point is faster than the
-fused operators, whose time grows with M. They were measured with ``hfq bench kernels`` on one machine with AMX; the
-other sets on the same machine with the operators capped to that set.
-"""
+"""The rows of the dispatch table for the CPU, the float copy, and the backends that serve every format."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
@@ -17,27 +10,8 @@ from hfq.kernels.dispatch import ANY_BITS, FLOATS, Case, Row
 from hfq.kernels.isa import float_compute, isa
 from hfq.kernels.packed import LAYOUTS, Runtime
 
-__all__ = ["THRESHOLDS", "Thresholds", "float_copy"]
+__all__ = ["float_copy"]
 
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Largest M for which a fused operator wins, for one instruction set."""
-
-    int4: int
-    nibbles: int
-    int8: int
-    copy4: int  # the same against a float copy, where one is kept
-    copy8: int
-
-
-THRESHOLDS = {
-    "amx": Thresholds(int4=40, nibbles=24, int8=8, copy4=8, copy8=4),
-    "avx512_bf16": Thresholds(int4=40, nibbles=24, int8=16, copy4=24, copy8=16),
-    "avx512": Thresholds(int4=56, nibbles=24, int8=24, copy4=32, copy8=24),
-    "avx2": Thresholds(int4=56, nibbles=24, int8=24, copy4=32, copy8=24),
-    "default": Thresholds(int4=0, nibbles=0, int8=0, copy4=0, copy8=0),
-}
 
 CHUNK = 1 << 20  # weights that are dequantized at once from the canonical form
 
@@ -97,39 +71,45 @@ def reference_linear(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | Non
     return reference.linear(x, runtime.packed(), bias, accumulate=accumulate)
 
 
-def _limit(case: Case) -> Thresholds:
-    return THRESHOLDS[case.isa]
-
-
 def _int4_groups(case: Case) -> bool:
     return case.isa != "default" and (case.per_row or cpu_int4.group_of(case.group) > 0)
+
+
+def _slabs(case: Case) -> bool:
+    return _int4_groups(case) and cpu_int4.nibble_block()[1]
 
 
 def _int8_rows(case: Case) -> bool:
     return case.isa != "default" and case.per_row and case.shift_fits
 
 
+def _cached(case: Case) -> bool:
+    return case.cached
+
+
+def _always(case: Case) -> bool:
+    return True
+
+
 _GROUPS = (
     "groups of {group} along K={K} are not multiples of 32, which torch's int4 operator needs (or this CPU, {isa}, has "
     "no vectorised one): use group_size 32, 64, 128, 256 or -1"
 )
+_ROWS = "needs one scale a row (group {group}, K={K}) and codes less zero points that fit int8"
+_COPY = "no float copy is kept (memory='cached')"
 _LOW, _HIGH = (1, 2, 3, 4), (5, 6, 7, 8)
-_COPY = "no float copy is kept (memory='cached'), or M={M} is few enough rows for the packed operator"
 
 dispatch.add_rows([
-    Row("wna16", "cpu", FLOATS, _LOW, "*", lambda c: c.cached and _limit(c).copy4 < c.M, "copy", _COPY),
-    Row("wna16", "cpu", FLOATS, _HIGH, "*", lambda c: c.cached and _limit(c).copy8 < c.M, "copy", _COPY),
-    Row("wna16", "cpu", FLOATS, _LOW, "int4pack", lambda c: _int4_groups(c) and _limit(c).int4 >= c.M, "int4pack",
-        "needs groups that are multiples of 32 and few rows: M={M} is above the measured threshold"),
-    Row("wna16", "cpu", FLOATS, _LOW, "int4pack", _int4_groups, "int4pack_dequant", _GROUPS, constraint=True),
-    Row("wna16", "cpu", FLOATS, _HIGH, "int8", lambda c: _int8_rows(c) and _limit(c).int8 >= c.M, "int8pack",
-        "needs one scale a row, codes less zero points that fit int8, and few rows: M={M}"),
-    Row("wna16", "cpu", FLOATS, _HIGH, "int8", _int8_rows, "int8_dequant",
-        "needs one scale a row (group {group}, K={K}) and codes less zero points that fit int8"),
-    Row("wna16", "cpu", FLOATS, _HIGH, "nibbles", lambda c: _int4_groups(c) and _limit(c).nibbles >= c.M, "int4pack",
-        "needs groups that are multiples of 32 and few rows: M={M} is above the measured threshold"),
-    Row("wna16", "cpu", FLOATS, _HIGH, "nibbles", _int4_groups, "int4pack_dequant", _GROUPS, constraint=True),
-    Row("wna16", "cpu", FLOATS, ANY_BITS, "*", lambda c: c.cached, "copy", "no float copy is kept (memory='cached')"),
-    Row("wna16", "*", FLOATS, ANY_BITS, "*", lambda c: True, "dequant", "serves every format", slow=True),
-    Row("wna16", "*", (), ANY_BITS, "*", lambda c: True, "reference", "serves every format", slow=True),
+    Row("wna16", "cpu", FLOATS, _LOW, "*", _cached, "copy", _COPY, above="copy4"),
+    Row("wna16", "cpu", FLOATS, _HIGH, "*", _cached, "copy", _COPY, above="copy8"),
+    Row("wna16", "cpu", FLOATS, _LOW, "int4pack", _int4_groups, "int4pack", _GROUPS, constraint=True, at_most="int4"),
+    Row("wna16", "cpu", FLOATS, _LOW, "int4pack", _slabs, "int4pack_dequant", _GROUPS, constraint=True),
+    Row("wna16", "cpu", FLOATS, _HIGH, "int8", _int8_rows, "int8pack", _ROWS, at_most="int8"),
+    Row("wna16", "cpu", FLOATS, _HIGH, "int8", _int8_rows, "int8_dequant", _ROWS),
+    Row("wna16", "cpu", FLOATS, _HIGH, "nibbles", _int4_groups, "int4pack", _GROUPS, constraint=True,
+        at_most="nibbles"),
+    Row("wna16", "cpu", FLOATS, _HIGH, "nibbles", _slabs, "int4pack_dequant", _GROUPS, constraint=True),
+    Row("wna16", "cpu", FLOATS, ANY_BITS, "*", _cached, "copy", _COPY),
+    Row("wna16", "*", FLOATS, ANY_BITS, "*", _always, "dequant", "serves every format", slow=True),
+    Row("wna16", "*", (), ANY_BITS, "*", _always, "reference", "serves every format", slow=True),
 ])

@@ -1,54 +1,40 @@
-"""The rows of the dispatch table for NVIDIA GPUs. Triton is imported when the first weight is prepared there."""
+"""The rows of the dispatch table for NVIDIA GPUs. Triton itself is imported by the first kernel that runs."""
 
 from __future__ import annotations
-
-import functools
-from types import ModuleType
 
 import torch
 
 from hfq.kernels import dispatch
 from hfq.kernels.dispatch import ANY_BITS, FLOATS, Case, Row
-from hfq.kernels.packed import Layout, PackedWeight, Runtime, register
+from hfq.kernels.packed import Layout, register
+from hfq.kernels.triton import wna16
 
-__all__ = ["unavailable"]
+__all__: list[str] = []
 
-
-def _kernels() -> ModuleType:
-    from hfq.kernels.triton import wna16
-
-    return wna16
-
-
-@functools.cache
-def unavailable() -> str:
-    """Why the Triton kernels cannot run on this machine's GPU; empty if they can."""
-    return _kernels().available("cuda")
-
-
-def _make(packed: PackedWeight, dtype: torch.dtype) -> Runtime:
-    return _kernels().prepare(packed, dtype)
-
-
-def _linear(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None) -> torch.Tensor:
-    return _kernels().linear(x, runtime, bias)
-
-
-register("triton", Layout(
-    make=_make,
-    canonical=lambda runtime: _kernels().canonical(runtime),
-    dequantize=lambda runtime, dtype: _kernels().dequantize(runtime, dtype),
-    operator=_linear,
-))
-dispatch.BACKENDS["wna16", "triton"] = _linear
+_HALVES = (torch.float16, torch.bfloat16)
+_NEEDS = "needs Triton (pip install 'hfq[triton]') and an NVIDIA GPU of compute capability 8.0 or newer"
+_GROUPS = _NEEDS + ", and groups that are multiples of 16 (group {group}, K={K}): choose such a group size, or -1"
+_MANY = "M={M} is above the number of tokens where dequantizing and a plain product is faster, or it " + _GROUPS
 
 
 def _runs(case: Case) -> bool:
-    return not unavailable()
+    return not wna16.available("cuda")
 
 
+def _grouped(case: Case) -> bool:
+    return _runs(case) and (case.per_row or case.group % 16 == 0)
+
+
+def _few(case: Case) -> bool:
+    return _grouped(case) and wna16.fused(case.bits, case.group, case.M, case.N, case.K, case.dtype)
+
+
+# Gradients and tracing go through hfq::wna16, which chooses among these rows when it runs.
+register("triton", Layout(wna16.prepare, wna16.canonical, wna16.dequantize))
+dispatch.backend("wna16", "triton")(wna16.multiply)
+dispatch.backend("wna16", "triton_dequant")(wna16.multiply_dequantized)
 dispatch.add_rows([
-    Row("wna16", "cuda", FLOATS, ANY_BITS, "triton", _runs, "triton",
-        "needs Triton (pip install 'hfq[triton]') and an NVIDIA GPU of compute capability 8.0 or newer",
-        constraint=True),
+    Row("wna16", "cuda", _HALVES, ANY_BITS, "triton", _few, "triton", _MANY),
+    Row("wna16", "cuda", FLOATS, ANY_BITS, "triton", _grouped, "triton_dequant", _GROUPS, constraint=True),
+    Row("wna16", "cuda", FLOATS, ANY_BITS, "triton", _runs, "triton_dequant", _NEEDS, slow=True),
 ], before="dequant")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from hfq.errors import KernelError
-from hfq.kernels.isa import isa
+from hfq.kernels.isa import THRESHOLDS, isa
 from hfq.kernels.packed import Runtime
 
 __all__ = [
@@ -66,9 +66,9 @@ class Row:
         predicate: what else must hold.
         backend: key of :data:`BACKENDS`, with ``op``.
         reason: why the predicate fails and what to do about it; formatted with the fields of the case.
-        constraint: the predicate is about shape or format, so that failing it is worth telling the user about
-            (a threshold on M is not).
+        constraint: failing the predicate is worth telling the user about.
         slow: taking this row after a constraint failed warns.
+        at_most, above: names of measured thresholds on M; a backend asked for by name runs outside of them too.
     """
 
     op: str
@@ -81,9 +81,11 @@ class Row:
     reason: str
     constraint: bool = False
     slow: bool = False
+    at_most: str = ""
+    above: str = ""
 
-    def why_not(self, case: Case) -> str:
-        """Empty if the row can serve ``case``, else the reason."""
+    def why_not(self, case: Case, *, forced: bool = False) -> str:
+        """Empty if the row can serve ``case``, else the reason; ``forced`` leaves the thresholds on M out."""
         if self.device not in ("*", case.device):
             return f"runs on {self.device}, the weight is on {case.device}"
         if self.dtypes and case.dtype not in self.dtypes:
@@ -92,6 +94,11 @@ class Row:
             return f"takes {self.bits[0]} to {self.bits[-1]} bits, not {case.bits}"
         if not self.predicate(case):
             return self.reason.format(**vars(case))
+        limits = THRESHOLDS[case.isa]
+        if self.at_most and not forced and getattr(limits, self.at_most) < case.M:
+            return f"M={case.M} is above {getattr(limits, self.at_most)}, up to where it is faster ({case.isa})"
+        if self.above and not forced and getattr(limits, self.above) >= case.M:
+            return f"M={case.M} is not above {getattr(limits, self.above)}, from where it is faster ({case.isa})"
         if case.layout is not None and self.layout not in ("*", case.layout):
             return f"reads layout {self.layout!r}, the weight is held as {case.layout!r}"
         return ""
@@ -183,7 +190,7 @@ def _choose(case: Case, wanted: str | None) -> tuple[Row, tuple[tuple[str, str, 
     for row in TABLE:
         if row.op != case.op or (wanted is not None and row.backend != wanted):
             continue
-        why = row.why_not(case)
+        why = row.why_not(case, forced=wanted is not None)
         if not why:
             return row, tuple(passed)
         counts = row.constraint and row.device in ("*", case.device) and case.bits in row.bits
@@ -235,7 +242,9 @@ def explain(case: Case) -> list[Choice]:
     for row in TABLE:
         if row.op != case.op:
             continue
-        why = row.why_not(case) or (f"{wanted!r} is forced" if wanted not in (None, row.backend) else "")
+        why = row.why_not(case, forced=wanted == row.backend)
+        if not why and wanted not in (None, row.backend):
+            why = f"{wanted!r} is forced"
         if not why and found:
             why = "could serve it; an earlier row wins"
         lines.append(Choice(row.backend, not why, why or "first row that holds"))

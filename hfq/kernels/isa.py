@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import dataclass
 
 import torch
 
 from hfq.errors import KernelError
 
-__all__ = ["ISAS", "float_compute", "has_vnni", "isa"]
+__all__ = ["ISAS", "THRESHOLDS", "Thresholds", "float_compute", "isa"]
 
 # From best to worst. "default" is everything without vectorised int4 operators in torch (also Arm).
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "default")
@@ -41,10 +42,6 @@ def isa() -> str:
     return forced
 
 
-def has_vnni() -> bool:
-    return bool(torch.cpu._is_vnni_supported())
-
-
 def float_compute(name: str) -> torch.dtype:
     """The dtype in which large products of dequantized weights run fastest on this instruction set.
 
@@ -52,3 +49,28 @@ def float_compute(name: str) -> torch.dtype:
     times *slower* without native bfloat16.
     """
     return torch.bfloat16 if name in ("amx", "avx512_bf16") else torch.float32
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Largest number of rows of x for which a fused operator wins, for one instruction set.
+
+    Above it, dequantizing once and multiplying in floating point is faster: the fused operators' time grows with M.
+    Measured with ``hfq bench kernels --every-backend`` on one machine with AMX; the other sets on the same machine with
+    torch's operators capped to that set (``ONEDNN_MAX_CPU_ISA``, ``ATEN_CPU_CAPABILITY``).
+    """
+
+    int4: int  # one plane of nibbles against dequantizing
+    nibbles: int  # two planes
+    int8: int  # int8 rows
+    copy4: int  # one plane against a float copy, where one is kept
+    copy8: int  # int8 rows or two planes against a float copy
+
+
+THRESHOLDS = {
+    "amx": Thresholds(int4=40, nibbles=24, int8=8, copy4=8, copy8=4),
+    "avx512_bf16": Thresholds(int4=40, nibbles=24, int8=16, copy4=24, copy8=16),
+    "avx512": Thresholds(int4=56, nibbles=24, int8=24, copy4=32, copy8=24),
+    "avx2": Thresholds(int4=56, nibbles=24, int8=24, copy4=32, copy8=24),
+    "default": Thresholds(int4=0, nibbles=0, int8=0, copy4=0, copy8=0),
+}

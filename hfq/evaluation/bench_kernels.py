@@ -1,0 +1,384 @@
+"""Benchmark of the packed products against ``F.linear``: what ``hfq bench kernels`` runs.
+
+All candidates of one shape take turns in one process, and each keeps its best round: a busy machine then slows all of
+them alike. On a CPU the headline is the CPU time of one thread; wall time with all cores is a second column when the
+machine is idle. A candidate is checked against float64 before it is timed, and not timed if it fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hfq
+from hfq import kernels
+from hfq.errors import ConfigError
+from hfq.formats import QuantSpec, affine, bitpack
+from hfq.kernels import PackedWeight, Runtime, dispatch
+from hfq.kernels.isa import isa
+
+__all__ = ["BASELINE", "SUITES", "Options", "Row", "about", "format_table", "regressions", "run", "to_json"]
+
+BASELINE = {"cpu": "F.linear float32", "cuda": "F.linear bfloat16"}
+SHAPES = ((4096, 4096), (1536, 576), (576, 1536))  # N, K
+FORMATS = ((4, 128), (4, 64), (4, -1), (2, 64), (8, -1), (8, 128))  # bits, group
+ROWS = (1, 16, 128, 512)  # M
+ROUNDS = 20
+LIMIT = 5e-3  # relative error of a product in bfloat16
+# Least ratio to the baseline: (bits, memory) -> M -> (4096 x 4096, smaller shapes).
+TARGETS = {
+    (4, "compact"): {1: (3.0, 2.0), 128: (0.5, 0.5), 512: (0.5, 0.5)},
+    (4, "cached"): {1: (3.0, 2.0), 128: (0.9, 0.9), 512: (0.9, 0.9)},
+}
+
+
+@dataclass
+class Row:
+    """One measured case. Times in microseconds; ``ratio`` is the baseline's time over this one's (more is faster).
+
+    ``ok``: "y" or "n" where there is a target, empty where there is none, else why the case was not timed.
+    """
+
+    op: str
+    bits: int
+    group: int
+    M: int
+    N: int
+    K: int
+    dtype: str
+    backend: str
+    config: str
+    us: float | None = None
+    baseline_us: float | None = None
+    ratio: float | None = None
+    wall_us: float | None = None
+    wall_ratio: float | None = None
+    error: float | None = None
+    bits_held: float | None = None
+    target: float | None = None
+    ok: str = ""
+    device: str = "cpu"
+
+    @property
+    def label(self) -> str:
+        """What ``only`` is matched against, and the key of the regression file."""
+        parts = f"{self.op} w{self.bits} g{self.group} M{self.M} {self.N}x{self.K} {self.dtype} {self.config}"
+        return f"{self.device} {parts} {self.backend}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a suite is asked for: see :func:`run`."""
+
+    quick: bool = False
+    only: tuple[str, ...] = ()
+    rounds: int = ROUNDS
+    every_backend: bool = False
+    all_cores: bool | None = None
+
+    def wants(self, row: Row, *, any_backend: bool = False) -> bool:
+        """Whether the label of ``row`` has all words; ``any_backend`` while its backend is not known."""
+        backends = {line.backend for line in kernels.table()} if any_backend else set()
+        return set(self.only) - backends <= set(row.label.split())
+
+
+Clock = Callable[[], float]
+
+
+def _best(calls: Sequence[Callable[[], Any]], rounds: int, clock: Clock) -> list[float]:
+    """Microseconds of the best round of each call. The calls take turns, another one first in each round.
+
+    Short calls get more rounds, a third of a second in all, because one interruption spoils a round.
+    """
+    best = [float("inf")] * len(calls)
+    turn, end = 0, time.perf_counter() + 0.3
+    while turn < rounds + 2 or (turn < 20 * rounds and time.perf_counter() < end):
+        for i in range(len(calls)):
+            i = (i + turn) % len(calls)
+            start = clock()
+            calls[i]()
+            spent = clock() - start
+            if turn >= 2:  # the first turns fill caches and plans
+                best[i] = min(best[i], spent)
+        turn += 1
+    return [1e6 * seconds for seconds in best]
+
+
+@contextmanager
+def _environment(threads: int | None = None, **variables: str) -> Iterator[None]:
+    before, old = torch.get_num_threads(), {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        torch.set_num_threads(threads or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
+        for name, value in old.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def operands(bits: int, group: int, n: int, k: int) -> PackedWeight:
+    """Uniform codes with the scales of real numbers: zeros and constants would run faster than life."""
+    generator = torch.Generator().manual_seed(bits * 1000 + n + k)
+    spec = QuantSpec(bits, group, symmetric=bits == 8)
+    scale, zero = affine.fit(torch.randn(n, k, generator=generator), spec)
+    codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
+    return PackedWeight(bitpack.pack(codes, bits), scale, zero, spec, k, n, f"w{bits}g{group} {n}x{k}")
+
+
+def relative_error(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
+    """``||y - x W^T|| / ||x W^T||`` in float64; infinite if anything in ``y`` is not finite."""
+    if not torch.isfinite(y).all():
+        return float("inf")
+    want = x.double() @ weight.t()
+    return float((y.double() - want).norm() / want.norm())
+
+
+def _call(x: torch.Tensor, runtime: Runtime, forced: str | None) -> Callable[[], torch.Tensor]:
+    if forced is None:
+        return lambda: kernels.linear(x, runtime)
+
+    def call() -> torch.Tensor:
+        with kernels.use(wna16=forced):
+            return kernels.linear(x, runtime)
+
+    return call
+
+
+class _CpuShape:
+    """The candidates of one (N, K), prepared once for all M."""
+
+    def __init__(self, n: int, k: int, options: Options) -> None:
+        self.n, self.k, self.options = n, k, options
+        self.formats = FORMATS[:1] + FORMATS[4:5] if options.quick else FORMATS
+        if k % 128:  # a group of 128 has a ragged tail there; 64 is what such models use
+            self.formats = tuple((b, 64 if g == 128 else g) for b, g in self.formats)
+            self.formats = tuple(dict.fromkeys(self.formats))
+        self.float_weight = torch.randn(n, k)
+        self.prepared: dict[Any, tuple[torch.Tensor, Runtime]] = {}
+
+    def weight(self, bits: int, group: int, memory: str) -> tuple[torch.Tensor, Runtime]:
+        key = bits, group, memory
+        if key not in self.prepared:
+            packed = operands(bits, group, self.n, self.k)
+            runtime = kernels.prepare(packed, dtype=torch.float32, memory=memory)  # type: ignore[arg-type]
+            if runtime.packed().qweight.ne(packed.qweight).any():
+                raise AssertionError(f"{packed.name}: layout {runtime.layout} does not give the codes back")
+            self.prepared[key] = kernels.dequantize(packed, torch.float64), runtime
+        return self.prepared[key]
+
+    def names(self, runtime: Runtime, m: int, dtype: torch.dtype) -> list[str]:
+        """Backends to time: the one chosen, or all that could run."""
+        case = dispatch.case_of(runtime, m, dtype, "cpu")
+        if not self.options.every_backend:
+            return [dispatch.choose(case).backend]
+        rows = [row for row in kernels.table() if row.op == "wna16" and not row.why_not(case, forced=True)]
+        return list(dict.fromkeys(row.backend for row in rows if row.backend != "reference"))
+
+    def candidates(self, m: int) -> Iterator[tuple[Row, Callable[[], torch.Tensor]]]:
+        dtypes = (torch.float32,) if self.options.quick else (torch.float32, torch.bfloat16)
+        for bits, group in self.formats:
+            for dtype in dtypes:
+                for memory in ("compact", "cached"):
+                    name = str(dtype).removeprefix("torch.")
+                    head = Row("wna16", bits, group, m, self.n, self.k, name, "", memory)
+                    if self.options.wants(head, any_backend=True):
+                        yield from self._of(head, dtype, memory)
+
+    def _of(self, head: Row, dtype: torch.dtype, memory: str) -> Iterator[tuple[Row, Callable[[], torch.Tensor]]]:
+        exact, runtime = self.weight(head.bits, head.group, memory)
+        x = torch.randn(head.M, self.k, generator=torch.Generator().manual_seed(head.M))
+        x[:, self.k // 3] *= 30
+        x = x.to(dtype)
+        held = round(8 * runtime.nbytes / (self.n * self.k), 2)
+        least = TARGETS.get((head.bits, memory), {}).get(head.M)
+        for name in self.names(runtime, head.M, dtype):
+            target = None if least is None else least[self.n * self.k < 4096 * 4096]
+            row = Row(**(asdict(head) | {"backend": name, "bits_held": held, "target": target}))
+            if not self.options.wants(row):
+                continue
+            call = _call(x, runtime, name if self.options.every_backend else None)
+            row.error = relative_error(call(), x, exact)
+            if not row.error <= LIMIT:
+                row.ok = f"wrong: error {row.error:.1e} is above {LIMIT:.0e}"
+            yield row, call
+
+
+def _cpu(options: Options) -> Iterator[Row]:
+    shapes = SHAPES[1:] if options.quick else SHAPES
+    for n, k in shapes:
+        shape = _CpuShape(n, k, options)
+        for m in (1, 128) if options.quick else ROWS:
+            yield from _cpu_rows(shape, m, options)
+
+
+def _cpu_rows(shape: _CpuShape, m: int, options: Options) -> list[Row]:
+    """Time the candidates of one shape and M; baselines in the same turns."""
+    with _environment(threads=1, HFQ_STRICT="1"), torch.inference_mode():
+        found = list(shape.candidates(m))
+        good = [(row, call) for row, call in found if not row.ok]
+        if not good:
+            return [row for row, _ in found]
+        x = torch.randn(m, shape.k)
+        calls = [lambda: torch.nn.functional.linear(x, shape.float_weight), *(call for _, call in good)]
+        base, *times = _best(calls, options.rounds, time.thread_time)
+    walls: list[float] = []
+    idle = os.getloadavg()[0] < 1 if options.all_cores is None else options.all_cores
+    if idle and (os.cpu_count() or 1) > 1:
+        with _environment(threads=os.cpu_count(), HFQ_STRICT="1"), torch.inference_mode():
+            walls = _best(calls, options.rounds, time.perf_counter)
+    for i, ((row, _), spent) in enumerate(zip(good, times, strict=True)):
+        row.us, row.baseline_us, row.ratio = spent, base, base / spent
+        if walls:
+            row.wall_us, row.wall_ratio = walls[i + 1], walls[0] / walls[i + 1]
+        if row.target is not None:
+            row.ok = "y" if row.ratio >= row.target else "n"
+    return [row for row, _ in found]
+
+
+def _cuda(options: Options) -> Iterator[Row]:
+    """Rows of the Triton kernels, measured as CUDA graphs that rotate over more weights than the L2 cache holds."""
+    from hfq.kernels.triton import benchmark
+
+    cases = [case for case in benchmark.cases() if not options.quick or case[2] in (1, 16)]
+    for case in cases:
+        bits, group, m, n, k = case
+        if not options.wants(Row("wna16", bits, group, m, n, k, "bf16", "triton", "", device="cuda")):
+            continue
+        found, _ = benchmark.run_case(case, False, time.monotonic())
+        yield Row(
+            "wna16", bits, group, m, n, k, found["dtype"], "triton", found["config"], us=found.get("us"),
+            baseline_us=found.get("bf16_us"), ratio=found.get("ratio"), error=found["relerr"], target=found["target"],
+            ok=found["ok"], device="cuda",
+        )
+
+
+# What is measured on a device: add to the list of a device to have more operations in the table.
+SUITES: dict[str, list[Callable[[Options], Iterator[Row]]]] = {"cpu": [_cpu], "cuda": [_cuda]}
+
+
+def run(
+    device: str = "cpu", *, quick: bool = False, only: str | Sequence[str] | None = None, rounds: int = ROUNDS,
+    every_backend: bool = False, all_cores: bool | None = None, on_row: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Measure the kernels of ``device``.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        quick: small shapes and few formats (under a minute on a CPU).
+        only: words that a row's label must have, all of them: ``"w4"``, ``"M1"``, ``"576x1536"``, ``"compact"``,
+            ``"bfloat16"``, or the name of a backend.
+        rounds: turns, of which the best counts.
+        every_backend: time each backend that can serve a case instead of the chosen one (to find thresholds).
+        all_cores: also take wall time with all cores; default when the load average is below 1.
+        on_row: called with each row as it is measured.
+
+    Raises:
+        ConfigError: an unknown device, or no such device on this machine.
+    """
+    if device not in SUITES:
+        raise ConfigError(f"device={device!r}: one of {sorted(SUITES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda': torch finds no CUDA device on this machine")
+    words = tuple(only.split()) if isinstance(only, str) else tuple(only or ())
+    options = Options(quick, words, rounds, every_backend, all_cores)
+    rows = []
+    for suite in SUITES[device]:
+        for row in suite(options):
+            rows.append(row)
+            if on_row is not None:
+                on_row(row)
+    return rows
+
+
+def _revision() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(hfq.__file__).parent, capture_output=True, text=True,
+            timeout=10, check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def about(device: str = "cpu") -> dict[str, Any]:
+    """Where and with what the rows were measured."""
+    found: dict[str, Any] = {
+        "hfq": hfq.__version__, "revision": _revision(), "torch": torch.__version__,
+        "python": platform.python_version(), "device": device, "baseline": BASELINE[device],
+    }
+    if device == "cuda":
+        return found | {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found | {
+        "name": _cpu_name(), "cores": os.cpu_count(), "isa": isa(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "load": [round(value, 2) for value in os.getloadavg()],
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def format_table(rows: Sequence[Row], device: str = "cpu") -> str:
+    """One line a case, after a line that names the machine and the baseline."""
+    where = about(device)
+    head = (f"{'op':<6} {'bits':>4} {'group':>5} {'M':>5} {'N':>6} {'K':>6} {'dtype':<9} {'backend':<17} "
+            f"{'config':<10} {'held':>5} {'us':>9} {'base_us':>9} {'ratio':>6} {'wall':>6} {'error':>8} {'target':>6} ok")
+    lines = [", ".join(f"{key} {value}" for key, value in where.items()), head]
+    for r in rows:
+        text = (f"{r.op:<6} {r.bits:>4} {r.group:>5} {r.M:>5} {r.N:>6} {r.K:>6} {r.dtype:<9} {r.backend:<17} "
+                f"{r.config:<10} {_number(r.bits_held, 5, 2)} {_number(r.us, 9, 1)} {_number(r.baseline_us, 9, 1)} "
+                f"{_number(r.ratio, 6, 2)} {_number(r.wall_ratio, 6, 2)} ")
+        error = "-" if r.error is None else f"{r.error:.1e}"
+        lines.append(text + f"{error:>8} {_number(r.target, 6, 2)} {r.ok}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, width: int, digits: int) -> str:
+    return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
+
+
+def to_json(rows: Sequence[Row], device: str = "cpu") -> str:
+    return json.dumps({"about": about(device), "rows": [asdict(row) for row in rows]}, indent=1)
+
+
+def regressions(rows: Sequence[Row], path: str | Path, *, tolerance: float = 0.1) -> list[str]:
+    """Labels of rows whose ratio is more than ``tolerance`` below the best known one; the file keeps the best.
+
+    Args:
+        rows: measured rows.
+        path: JSON file of best ratios by machine and label; made if it is missing.
+    """
+    path = Path(path)
+    known: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+    worse = []
+    for row in rows:
+        if row.ratio is None:
+            continue
+        where = about(row.device)
+        best = known.setdefault(f"{where['name']} {where.get('isa', '')}".strip(), {})
+        if row.ratio < (1 - tolerance) * best.get(row.label, 0.0):
+            worse.append(row.label)
+        best[row.label] = max(best.get(row.label, 0.0), round(row.ratio, 3))
+    path.write_text(json.dumps(known, indent=1, sort_keys=True))
+    return worse
