@@ -42,7 +42,7 @@ class Matrix:
     def weight(self) -> torch.Tensor:
         found = self.module._parameters.get(self.tensor)
         if found is None:
-            raise QuantizationError(f"{self.name}.{self.tensor} is no plain parameter: remove its parametrization first")
+            raise QuantizationError(f"{self.name}.{self.tensor} is parametrized: remove the parametrization first")
         if found.is_meta:
             raise QuantizationError(f"{self.name}.{self.tensor} is on the meta device: load the weights (or pass "
                                     "`placement`) before transforming them")
@@ -70,7 +70,7 @@ class Norm:
         gain: name of the parameter that holds the gain.
         offset: 0 for a plain gain, 1 for a ``1 + weight`` gain.
         bias: name of the bias parameter, if there is one.
-        centred: the mean is removed before scaling (LayerNorm), so that only rotations that fix the ones vector commute.
+        centred: the mean is removed before scaling (LayerNorm): only rotations that fix the ones vector commute.
     """
 
     name: str
@@ -137,7 +137,7 @@ def scale_outputs(target: Site | Matrix, scale: torch.Tensor, channels: torch.Te
 
 @torch.no_grad()
 def rotate_inputs(target: Site | Matrix, rotation: torch.Tensor, channels: torch.Tensor | None = None) -> None:
-    """Make the weight accept ``x @ rotation``: ``rotation`` is ``[K, K]``, or ``[d, d]`` with ``channels`` ``[n, d]``."""
+    """Make the weight accept ``x @ rotation``; ``rotation``: ``[K, K]``, or ``[d, d]`` with ``channels`` ``[n, d]``."""
     matrix = _matrix(target)
     _write(matrix.weight, _turned(matrix.weight, rotation, matrix.input_axis, channels, matrix))
 
@@ -196,7 +196,7 @@ def _turned(
     rotation = rotation.double().to(tensor.device)
     if channels is None:
         if rotation.shape != (moved.shape[-1],) * 2:
-            raise QuantizationError(f"{matrix.name}: a rotation of {tuple(rotation.shape)} for {moved.shape[-1]} channels")
+            raise QuantizationError(f"{matrix.name}: rotation {tuple(rotation.shape)} for {moved.shape[-1]} channels")
         moved = moved @ rotation
     else:
         index = channels.to(tensor.device)
