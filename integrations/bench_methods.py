@@ -1,0 +1,189 @@
+"""``hfq bench methods``: quality and cost of methods on one model, each row measured in a process of its own.
+
+A row is a name, the fields of a Config and, where asked, an exact rescaling of the float model. Rows are written to a
+JSON file as they are finished; a run that finds the file measures only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfq.errors import ConfigError, HfqError, QuantizationError
+from hfq.integrations.results import machine, markdown
+
+__all__ = ["PROTOCOL", "TABLES", "Case", "measure", "run", "table"]
+
+PROTOCOL = (
+    "24 windows of 512 tokens of the test articles, no overlap, mean next-token loss, fp32 model; "
+    "calibration: 64 windows of 512 tokens of the training articles (seed 0); output head and embedding float"
+)
+EVAL_WINDOWS = 24
+_CALIBRATION = {"calibration_samples": 64, "calibration_seqlen": 512}
+_GRID = {"group_size": 64, "symmetric": False}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: ``method`` empty is the float model."""
+
+    name: str
+    method: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rescaled: bool = False
+
+
+def _case(name: str, method: str, *, rescaled: bool = False, **options: Any) -> Case:
+    return Case(name, method, {**_GRID, **(_CALIBRATION if method != "rtn" else {}), **options}, rescaled)
+
+
+RSQ = {"r_min": 0.1}
+FLEXROUND = {"steps": 200, "lr": 1e-3, "calibration_batch_size": 8}
+
+
+def _layerwise(bits: tuple[int, int], target: float) -> list[Case]:
+    common = {"high_bits": bits[0], "low_bits": bits[1], "target_bits": target,
+              "backend": {"method": "gptq", "clip": "mse", **_GRID}}
+    orders: list[tuple[str, dict[str, Any]]] = [("LIM", {"score": "lim"}), ("ZD", {"score": "zd"})]
+    orders.append(("reversed LIM", {"score": "lim", "order": "reversed"}))
+    orders += [(f"random {seed}", {"order": "random", "seed": seed}) for seed in range(3)]
+    return [_case(f"layer-wise {bits[0]}/{bits[1]} at {target}, {name}", "layerwise_quant", **common, **more)
+            for name, more in orders]
+
+
+TABLES: dict[str, list[Case]] = {
+    "weights": [
+        Case("float"),
+        *[_case(f"round to nearest, {bits} bits", "rtn", bits=bits) for bits in (4, 3, 2)],
+        *[_case(f"GPTQ, {bits} bits", "gptq", bits=bits, clip="mse") for bits in (4, 3, 2)],
+        *[_case(f"RSQ, {bits} bits", "rsq", bits=bits, **RSQ) for bits in (4, 3, 2)],
+        *[_case(f"FlexRound, {bits} bits", "flexround", bits=bits, **FLEXROUND) for bits in (4, 3, 2)],
+    ],
+    "rsq": [
+        _case("GPTQ of RSQ alone", "rsq", bits=4, rotate=False, strategy="uniform"),
+        _case("+ token importance", "rsq", bits=4, rotate=False, **RSQ),
+        _case("+ rotation", "rsq", bits=4, strategy="uniform"),
+        _case("+ both", "rsq", bits=4, **RSQ),
+    ],
+    "rescaled": [
+        Case("float, rescaled", rescaled=True),
+        _case("round to nearest, 4 bits, rescaled", "rtn", bits=4, rescaled=True),
+        _case("GPTQ, 4 bits, rescaled", "gptq", bits=4, clip="mse", rescaled=True),
+        _case("RSQ, 4 bits, rescaled", "rsq", bits=4, rescaled=True, **RSQ),
+        _case("FlexRound, 4 bits, rescaled", "flexround", bits=4, rescaled=True, **FLEXROUND),
+    ],
+    "layerwise": [*_layerwise((4, 3), 3.5), *_layerwise((4, 2), 3.0)],
+}
+
+
+def measure(case: Case, model: str | Path, train: str, windows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Load the float model, quantize it as ``case`` says, and measure; in this process.
+
+    Returns:
+        A row with the keys of :data:`hfq.integrations.results.COLUMNS` and the report's totals under ``"details"``.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import hfq
+    from hfq.evaluation import perplexity, rescale
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    row: dict[str, Any] = {"name": case.name}
+    if case.rescaled:
+        rescale.rescale(loaded)
+    if case.method:
+        config = hfq.HfqConfig(method=case.method, processor=AutoTokenizer.from_pretrained(model), **case.options)
+        report = hfq.quantize(loaded, config, [train] if config.needs_calibration else None)
+        row |= {
+            "bits_per_weight": report.bits_per_weight(),
+            "quantize_seconds": report.totals["seconds"],
+            "peak_memory_bytes": report.totals["peak_memory_bytes"],
+            "kernel": ", ".join(sorted({line.kernel for line in report.packed if line.kernel})) or None,
+        }
+        row["details"] = {"config": config.to_dict() | {"manifest": None, "summary": None}, "totals": report.totals}
+    started = time.perf_counter()
+    row["perplexity"] = perplexity.perplexity(loaded, windows)
+    row["evaluation_seconds"] = round(time.perf_counter() - started, 1)
+    row["machine"] = machine()
+    return row
+
+
+def run(
+    cases: Iterable[Case], model: str | Path, train: str, windows: Sequence[Sequence[int]], output: Path,
+    *, progress: Callable[[int, str], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure every case that ``output`` does not hold yet, one child process each, and write the rows to ``output``.
+
+    Raises:
+        QuantizationError: a child failed; its last lines are in the message, and the rows before it are kept.
+    """
+    cases = list(cases)
+    known = {row["name"]: row for row in _read(output)}
+    missing = [case for case in cases if case.name not in known]
+    bar = None if progress is None else progress(len(missing), "methods")
+    with tempfile.TemporaryDirectory() as folder:
+        shared = Path(folder) / "inputs.json"
+        shared.write_text(json.dumps({"model": str(model), "train": train, "windows": [list(w) for w in windows]}))
+        for case in missing:
+            known[case.name] = _child(case, shared)
+            _write(output, list(known.values()))
+            if bar is not None:
+                bar.update()
+    if bar is not None:
+        bar.close()
+    return [known[case.name] for case in cases]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in Markdown, with the protocol and the machine under them."""
+    machines = sorted({row["machine"] for row in rows if row.get("machine")})
+    return "\n".join([markdown(rows), "", f"{PROTOCOL}. Measured on {'; '.join(machines)}."])
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        return json.loads(path.read_text())["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a file of measured rows ({error}): remove it or name another") from None
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"protocol": PROTOCOL, "rows": rows}, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+def _child(case: Case, shared: Path) -> dict[str, Any]:
+    command = [sys.executable, "-P", "-m", "hfq.integrations.bench_methods", json.dumps(asdict(case)), str(shared)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        tail = "\n".join(done.stderr.strip().splitlines()[-3:])
+        raise QuantizationError(f"{case.name}: the measuring process ended with {done.returncode}: {tail}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _main() -> int:
+    shared = json.loads(Path(sys.argv[2]).read_text())
+    try:
+        row = measure(Case(**json.loads(sys.argv[1])), shared["model"], shared["train"], shared["windows"])
+    except HfqError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 1
+    sys.stdout.write(json.dumps(row) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_main())
