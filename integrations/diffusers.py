@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 
 from hfq.config import HfqConfig
@@ -103,6 +104,7 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
         swap.check_codes(model)
         if self.quantization_config.dequantize:
             swap.dequantize_modules(model)
+            _drop_config(model)
             return
         swap.prepare(model)
         if "hfq_report" in self._header:
@@ -128,12 +130,12 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
         from hfq.layers import swap
 
         swap.dequantize_modules(model)
-        model.register_to_config(quantization_config=None)
+        _drop_config(model)
         return model
 
     def forget(self, model: Any) -> None:
         """Leave no trace of the packed layers on a model that is float again."""
-        model.register_to_config(quantization_config=None)
+        _drop_config(model)
         for name in ("hf_quantizer", "quantization_method"):
             if name in vars(model):
                 delattr(model, name)
@@ -158,3 +160,9 @@ def attach(model: Any, config: HfqConfig) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.register_to_config(quantization_config=config)
+
+
+def _drop_config(model: Any) -> None:
+    # A frozen dict: entries can be set through register_to_config, and not removed.
+    kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    model._internal_dict = FrozenDict(kept)
