@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hfq import kernels
 from hfq.formats import QuantSpec, affine, bitpack
 from hfq.kernels import reference
 from hfq.kernels.packed import PackedWeight
@@ -88,6 +89,13 @@ def test_linear_and_dequantize_with_the_chosen_configuration(n, k, bits, group, 
     assert error(wna16.linear(x, runtime, bias), want) <= 6e-3
 
 
+def test_the_table_names_these_kernels():
+    weight = packed(256, 512, bits=4, group_size=128)
+    assert kernels.prepare(weight, dtype=torch.bfloat16).layout == "triton"
+    for m, name in ((1, "triton"), (4096, "triton_dequant")):
+        assert [c.backend for c in kernels.explain(weight, m, torch.bfloat16) if c.chosen] == [name]
+
+
 def test_deterministic_capturable_and_differentiable():
     weight = packed(512, 1024, bits=4, group_size=128)
     runtime = wna16.prepare(weight, torch.bfloat16)
@@ -101,7 +109,7 @@ def test_deterministic_capturable_and_differentiable():
     graph.replay()
     assert torch.equal(first, y)
     leaf = x.clone().requires_grad_()
-    wna16.linear(leaf, runtime).sum().backward()
+    kernels.linear(leaf, runtime).sum().backward()
     want = torch.ones(8, 512, device="cuda").double() @ reference.dequantize(weight, torch.float64)
     assert error(leaf.grad, want) <= 8e-3
 
@@ -109,7 +117,7 @@ def test_deterministic_capturable_and_differentiable():
 def test_fullgraph_compile_with_a_dynamic_batch():
     weight = packed(256, 512, bits=4, group_size=128)
     runtime = wna16.prepare(weight, torch.bfloat16)
-    compiled = torch.compile(lambda x: wna16.linear(x, runtime) * 2, fullgraph=True, dynamic=True)
+    compiled = torch.compile(lambda x: kernels.linear(x, runtime) * 2, fullgraph=True, dynamic=True)
     for m in (3, 40):
         x = activations(m, 512, torch.bfloat16)
         assert torch.equal(compiled(x), wna16.linear(x, runtime) * 2)

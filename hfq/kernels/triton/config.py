@@ -1,5 +1,7 @@
 """Which tile, split and scale mode a matrix product uses: measured tables first, then a rule.
 
+No table is shipped yet: the rule has not been timed on a GPU, only compiled and its output inspected.
+
 A table is a JSON file ``tables/<gpu>.json`` (or the user's own, written by :mod:`hfq.kernels.triton.tune`)::
 
     {"devices": ["H100"], "triton": "3.6.0", "entries": [{"op": "wna16", "bits": 4, "group": 128, "n": 4096, "k": 4096,
@@ -77,7 +79,8 @@ def heuristic(key: Key, blocks: int, processors: int = 132) -> Config:
         return Config(bm=16, bn=64, warps=4, stages=4, split=split_for(key.n, key.m, 64, 16, blocks, processors))
     if key.m <= _MEDIUM_M:
         bm = _power_of_2(key.m)
-        return Config(bm=bm, bn=128, warps=4, stages=3, split=split_for(key.n, key.m, 128, bm, blocks, processors, 8))
+        # Eight warps: with four, 128 rows of accumulators take 240 registers, and zero points go through shared memory.
+        return Config(bm=bm, bn=128, warps=8, stages=3, split=split_for(key.n, key.m, 128, bm, blocks, processors, 8))
     if key.m <= _FUSED_M:
         split = split_for(key.n, key.m, 128, 128, blocks, processors // 2, 4)
         return Config(bm=128, bn=128, warps=8, stages=3, split=split, mode="elem")
@@ -92,10 +95,12 @@ def shared_bytes(config: Config, block: int, slice_size: int, bits: int) -> int:
 
 def fits(config: Config, block: int, slice_size: int, bits: int, blocks: int, limit: int) -> Config:
     """``config`` with stages and splits cut to what the device and the row length allow."""
-    while config.stages > 1 and shared_bytes(config, block, slice_size, bits) > limit:
+    while config.stages > 2 and shared_bytes(config, block, slice_size, bits) > limit:
         config = replace(config, stages=config.stages - 1)
     while config.bm > 16 and shared_bytes(config, block, slice_size, bits) > limit:
         config = replace(config, bm=config.bm // 2)
+    if shared_bytes(config, block, slice_size, bits) > limit:
+        config = replace(config, stages=1)
     return replace(config, split=max(1, min(config.split, blocks)))
 
 

@@ -1,8 +1,8 @@
 """Weight-only products on NVIDIA GPUs: 1- to 8-bit codes, 16-bit activations, one Triton kernel for small and medium M.
 
-Entry points of the backend: :func:`available`, :func:`constraint`, :func:`prepare`, :func:`canonical`, :func:`linear`,
-:func:`dequantize`. The operators ``hfq::triton_wna16`` and ``hfq::triton_dequant`` can be captured in a CUDA graph,
-traced (fake kernels) and differentiated with respect to the activations.
+Entry points: :func:`available`, :func:`constraint`, :func:`prepare`, :func:`canonical`, :func:`linear`,
+:func:`dequantize`. Nothing here waits for the GPU or reads from it, so that every call can be captured in a CUDA graph.
+Tracing and gradients come with the operators of :mod:`hfq.kernels.ops`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ import torch
 
 from hfq.errors import KernelError
 from hfq.formats import bitpack
+from hfq.kernels import reference
 from hfq.kernels.packed import PackedWeight, Runtime
 from hfq.kernels.triton import config as configs
 from hfq.kernels.triton.config import Config, Key
 from hfq.kernels.triton.layout import WordLayout, choose, pack_words, unpack_words
 
 __all__ = [
-    "available", "canonical", "constraint", "dequantize", "explain", "linear", "prepare", "run_dequant", "run_fused",
+    "available", "canonical", "config_of", "constraint", "dequantize", "fused", "linear", "multiply",
+    "multiply_dequantized", "prepare", "run_dequant", "run_fused",
 ]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
+@functools.lru_cache(maxsize=64)
 def available(device: torch.device | str) -> str:
     """Why these kernels cannot run on ``device``; empty if they can."""
     device = torch.device(device)
@@ -71,7 +74,10 @@ def prepare(packed: PackedWeight, dtype: torch.dtype) -> Runtime:
     if packed.zero_point is not None:
         tensors["zero_point"] = packed.zero_point.t().contiguous().t()
     stored = sum(p.nbytes for p in planes)
-    note = f"{layout.bits}-bit words, rows padded to {layout.padded}: {stored} bytes for {packed.qweight.nbytes} packed"
+    note = (
+        f"{layout.bits}-bit words, rows padded to {layout.padded}: {stored} bytes for {packed.qweight.nbytes} packed; "
+        "scales and zero points in an order of their own"
+    )
     return Runtime("triton", tensors, packed.spec, packed.in_features, packed.out_features, dtype, note, packed.name)
 
 
@@ -87,30 +93,68 @@ def _weight_args(runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor | None, t
 
 
 def linear(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ W.T + bias``: ``x`` ``[..., in_features]`` (16-bit floats or float32) to ``[..., out_features]``, same dtype."""
-    layout = _layout(runtime)
-    words, high, scale, zero = _weight_args(runtime)
-    return torch.ops.hfq.triton_wna16(
-        x, words, high, scale, zero, bias, layout.bits, layout.slice,
-        _group(runtime.spec.group_size, runtime.in_features), runtime.spec.middle,
-    )
+    """``x @ W.T + bias``: ``x`` ``[..., in_features]`` (16-bit or float32) to ``[..., out_features]``, same dtype.
+
+    Capturable in a CUDA graph; gradients and tracing come with :func:`hfq.kernels.linear`.
+
+    Raises:
+        KernelError: another dtype, another number of features, or another device than the weight's.
+    """
+    shape, n = x.shape, runtime.out_features
+    _check(x, runtime)
+    rows = x.reshape(-1, shape[-1])
+    if not rows.shape[0]:
+        return x.new_empty(*shape[:-1], n)
+    backend = config_of(runtime, rows.shape[0], x.dtype).backend
+    y = multiply(rows, runtime, bias) if backend == "fused" else multiply_dequantized(rows, runtime, bias)
+    return y.reshape(*shape[:-1], n)
+
+
+def _check(x: torch.Tensor, runtime: Runtime) -> None:
+    where = f" of {runtime.name}" if runtime.name else ""
+    if x.dtype not in _DTYPES:
+        raise KernelError(f"activations are {x.dtype}: float16, bfloat16 or float32 is needed")
+    if x.shape[-1] != runtime.in_features:
+        raise KernelError(f"x has {x.shape[-1]} features, the weight{where} has {runtime.in_features}")
+    if x.device != runtime.tensors["words"].device:
+        raise KernelError(f"x is on {x.device}, the weight{where} on {runtime.tensors['words'].device}: move one")
+
+
+def multiply(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None) -> torch.Tensor:
+    """The matrix kernel: ``x`` ``[M, in_features]``, 16-bit, to ``[M, out_features]``."""
+    layout, group = _layout(runtime), _group(runtime.spec.group_size, runtime.in_features)
+    config = config_of(runtime, x.shape[0], x.dtype)
+    with torch.cuda.device_of(x):
+        return run_fused(x.contiguous(), *_weight_args(runtime), bias, layout, group, runtime.spec.middle, config)
+
+
+def multiply_dequantized(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None) -> torch.Tensor:
+    """The weight into a scratch buffer, then ``F.linear``: ``x`` ``[M, in_features]`` to ``[M, out_features]``."""
+    return torch.nn.functional.linear(x, dequantize(runtime, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def dequantize(runtime: Runtime, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``[out_features, in_features]``, computed in float32 and rounded once."""
-    layout = _layout(runtime)
-    words, high, scale, zero = _weight_args(runtime)
-    return torch.ops.hfq.triton_dequant(
-        words, high, scale, zero, layout.bits, layout.slice,
-        _group(runtime.spec.group_size, runtime.in_features), runtime.spec.middle, runtime.in_features, dtype,
-    )
+    layout, group = _layout(runtime), _group(runtime.spec.group_size, runtime.in_features)
+    args = _weight_args(runtime)
+    if dtype == torch.float64:  # codes and scales are exact in float64, the kernel's float32 product is not
+        return reference.dequantize(runtime.packed(), dtype)
+    with torch.cuda.device_of(args[0]):
+        return run_dequant(*args, layout, group, runtime.spec.middle, runtime.in_features, dtype)
 
 
-def explain(runtime: Runtime, m: int) -> str:
-    """The configuration that ``m`` tokens would run with."""
+def config_of(runtime: Runtime, m: int, dtype: torch.dtype) -> Config:
+    """The configuration that ``m`` tokens of ``dtype`` run with: the first measured or the rule's."""
     group = _group(runtime.spec.group_size, runtime.in_features)
-    shape = (m, runtime.out_features, runtime.in_features)
-    return _config(runtime.tensors["words"].device, shape, _layout(runtime), group, runtime.dtype).label()
+    shape = (configs.bucket(m), runtime.out_features, runtime.in_features)
+    return _config(runtime.tensors["words"].device, shape, _layout(runtime), group, dtype)
+
+
+def fused(bits: int, group: int, m: int, n: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether ``m`` tokens go through the matrix kernel on the current GPU (else: dequantize, then ``F.linear``)."""
+    group = _group(group, k)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return _config(device, (configs.bucket(m), n, k), choose(bits, k, group), group, dtype).backend == "fused"
 
 
 @functools.lru_cache(maxsize=64)
@@ -127,11 +171,11 @@ def _device(device: torch.device) -> tuple[str, int, int]:
 def _config(
     device: torch.device, shape: tuple[int, int, int], layout: WordLayout, group: int, dtype: torch.dtype
 ) -> Config:
-    m, n, k = shape
+    m, n, k = shape  # m: a bucket
     if dtype == torch.float32 or not layout.fold:
         return Config(backend="dequant")
     name, processors, limit = _device(device)
-    key = Key("wna16", layout.bits, group, n, k, configs.bucket(m), _DTYPES[dtype])
+    key = Key("wna16", layout.bits, group, n, k, m, _DTYPES[dtype])
     found = configs.pick_config("wna16", key, name, layout.blocks, processors)
     return configs.fits(found, layout.block, layout.slice, layout.bits, layout.blocks, limit)
 
@@ -208,79 +252,3 @@ def run_dequant(
         HAS_ZERO=zero is not None, MIDDLE=middle, EVEN_K=in_features == layout.padded, num_warps=4,
     )
     return out
-
-
-def _forward(
-    x: torch.Tensor, words: torch.Tensor, high: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor | None,
-    bias: torch.Tensor | None, bits: int, slice: int, group: int, middle: int,
-) -> torch.Tensor:
-    k, n = x.shape[-1], words.shape[0]
-    if x.dtype not in _DTYPES:
-        raise KernelError(f"activations are {x.dtype}: float16, bfloat16 or float32 is needed")
-    if x.device != words.device:
-        raise KernelError(f"activations on {x.device}, weight on {words.device}: move one of them")
-    layout = choose(bits, k, group, slice)
-    rows = x.reshape(-1, k).contiguous()
-    if rows.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], n)
-    config = _config(x.device, (rows.shape[0], n, k), layout, group, x.dtype)
-    with torch.cuda.device_of(x):
-        if config.backend == "dequant":
-            weight = run_dequant(words, high, scale, zero, layout, group, middle, k, x.dtype)
-            y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-        else:
-            y = run_fused(rows, words, high, scale, zero, bias, layout, group, middle, config)
-    return y.reshape(*x.shape[:-1], n)
-
-
-def _dequant(
-    words: torch.Tensor, high: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor | None,
-    bits: int, slice: int, group: int, middle: int, in_features: int, dtype: torch.dtype,
-) -> torch.Tensor:
-    layout = choose(bits, in_features, group, slice)
-    with torch.cuda.device_of(words):
-        return run_dequant(words, high, scale, zero, layout, group, middle, in_features, dtype)
-
-
-_LIBRARY = torch.library.Library("hfq", "FRAGMENT")
-_LIBRARY.define(
-    "triton_wna16(Tensor x, Tensor words, Tensor? high, Tensor scale, Tensor? zero, Tensor? bias, "
-    "int bits, int slice, int group, int middle) -> Tensor"
-)
-_LIBRARY.define(
-    "triton_dequant(Tensor words, Tensor? high, Tensor scale, Tensor? zero, "
-    "int bits, int slice, int group, int middle, int in_features, ScalarType dtype) -> Tensor"
-)
-for _key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
-    _LIBRARY.impl("triton_wna16", _forward, _key)
-    _LIBRARY.impl("triton_dequant", _dequant, _key)
-
-
-@torch.library.register_fake("hfq::triton_wna16", lib=_LIBRARY)
-def _(x, words, high, scale, zero, bias, bits, slice, group, middle):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:-1], words.shape[0])
-
-
-@torch.library.register_fake("hfq::triton_dequant", lib=_LIBRARY)
-def _(words, high, scale, zero, bits, slice, group, middle, in_features, dtype):  # type: ignore[no-untyped-def]
-    return words.new_empty(words.shape[0], in_features, dtype=dtype)
-
-
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, words, high, scale, zero, bias, *ctx.format = inputs
-    ctx.in_features, ctx.bias = x.shape[-1], bias is not None
-    ctx.save_for_backward(words, high, scale, zero)
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    words, high, scale, zero = ctx.saved_tensors
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        weight = torch.ops.hfq.triton_dequant(words, high, scale, zero, *ctx.format, ctx.in_features, grad.dtype)
-        dx = grad @ weight
-    if ctx.bias and ctx.needs_input_grad[5]:
-        dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return dx, None, None, None, None, dbias, None, None, None, None
-
-
-torch.library.register_autograd("hfq::triton_wna16", _backward, setup_context=_setup, lib=_LIBRARY)
