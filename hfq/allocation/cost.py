@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from hfq.errors import ConfigError
 from hfq.formats import QuantSpec
 from hfq.formats.bitpack import packed_bytes
 
-__all__ = ["Costs", "Scores", "average", "checked", "join", "nominal_bits", "stored_bits", "table", "total"]
+__all__ = [
+    "Costs",
+    "Scores",
+    "average",
+    "checked",
+    "join",
+    "nominal_bits",
+    "site_bits",
+    "stored_bits",
+    "table",
+    "total",
+]
 
 Costs = Mapping[str, Mapping[int, float]]
 Scores = Mapping[str, Mapping[int, float]]
@@ -23,6 +36,20 @@ def stored_bits(rows: int, in_features: int, spec: QuantSpec) -> int:
     scale = _SCALE_BYTES[spec.scale_dtype]
     zero = 0 if spec.symmetric else scale if spec.zero_point == "float" else 1
     return 8 * (codes + shape[0] * shape[1] * (scale + zero))
+
+
+def site_bits(site: Any, spec: QuantSpec) -> float:
+    """Bits on disk of all weight tensors of a site of the graph (linear, transposed, embedding, experts, conv)."""
+    total = 0
+    for name in site.tensors:
+        shape = tuple(getattr(site.module, name).shape)
+        if site.kind == "experts":
+            total += shape[0] * stored_bits(shape[1], math.prod(shape[2:]), spec)
+        elif site.kind == "transposed":
+            total += stored_bits(shape[1], shape[0], spec)
+        else:
+            total += stored_bits(shape[0], math.prod(shape[1:]), spec)
+    return float(total)
 
 
 def nominal_bits(numel: int, widths: Iterable[int]) -> dict[int, float]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
+from hfq.calibration import ranks
 from hfq.errors import ConfigError, DataError
 from hfq.formats import QuantSpec, affine
 from hfq.rounding import nearest
 
-__all__ = ["InputModification", "rounding_losses", "zscore_share"]
+__all__ = ["InputModification", "input_modifications", "rounding_losses", "zscore_share", "zscore_shares"]
 
 
 class InputModification:
@@ -55,6 +58,11 @@ class InputModification:
         self.sum += float(cosine.double().sum())
         self.count += cosine.numel() if mask is None or self.reduce == "flatten" else int(mask.sum())
 
+    def reduce_ranks(self) -> None:
+        """Add up over all processes; to be called once, by every process."""
+        total = ranks.sum_(torch.tensor([self.sum, float(self.count)], dtype=torch.float64))
+        self.sum, self.count = float(total[0]), int(total[1])
+
     @property
     def value(self) -> float:
         """The score.
@@ -65,6 +73,51 @@ class InputModification:
         if self.count == 0:
             raise DataError("no hidden states were seen: the input modification is not known")
         return -self.sum / self.count
+
+
+def input_modifications(
+    plan: Any,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    reduce: str = "token",
+    samples: int | None = None,
+    **walking: Any,
+) -> dict[str, float]:
+    """:class:`InputModification` of every block of a float model, from one walk over the first ``samples`` samples.
+
+    Blocks whose output has another shape than their input are left out. ``walking`` goes to the walk.
+    """
+    from hfq.calibration.walk import walk
+
+    used: list[Mapping[str, Any]] = []
+    seen = 0
+    for batch in batches:
+        if samples is not None and seen >= samples:
+            break
+        used.append(batch)
+        seen += next(v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor))
+    found = {}
+    for step in walk(plan, used, **walking):
+        measure = InputModification(reduce)
+        if all(step.hidden(i).shape == step.outputs[i].shape for i in range(len(step))):
+            for i in range(len(step)):
+                measure.update(step.hidden(i), step.outputs[i], step.mask(i))
+        measure.reduce_ranks()
+        if measure.count:
+            found[step.block.name] = measure.value
+    return found
+
+
+def zscore_shares(
+    blocks: Iterable[Any], placement: Callable[[Any], AbstractContextManager[Any]], **options: Any
+) -> dict[str, float]:
+    """:func:`zscore_share` of every block of the graph, one block in memory at a time."""
+    found = {}
+    for block in blocks:
+        with placement(block.module):
+            weights = [getattr(site.module, name) for site in block.sites for name in site.tensors]
+            found[block.name] = zscore_share(weights, **options)
+    return found
 
 
 def zscore_share(

@@ -8,6 +8,7 @@ matrix plus a row and a column term. The grid ``s1`` is learned with it. What is
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from hfq.errors import ConfigError
 from hfq.formats import Codes, QuantSpec, affine
 from hfq.rounding import nearest
 
-__all__ = ["DivisorRounding", "divide_and_round", "initial_grid"]
+__all__ = ["DivisorRounding", "Stack", "divide_and_round", "initial_grid"]
 
 
 class _DivideAndRound(torch.autograd.Function):
@@ -215,3 +216,18 @@ class DivisorRounding(nn.Module):
         scale = self.start.to(self.spec.torch_scale_dtype)
         nearest_codes = affine.encode(self.matrix, scale, self.zero_point, self.spec).float()
         return (clamped - affine.expand(self.low, self.columns, self.spec) - nearest_codes).int()
+
+
+class Stack(nn.Module):
+    """Roundings of the matrices of a bank of experts; calling it gives ``[experts, rows, columns]``."""
+
+    def __init__(self, members: Iterable[DivisorRounding]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([member() for member in self.members])
+
+    def codes(self) -> list[Codes]:
+        """The codes of every expert."""
+        return [member.codes() for member in self.members]
