@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from hfq.calibration import ranks
 from hfq.calibration.capture import Stop, device_of, to_device
-from hfq.calibration.step import Step, input_rows, routing
+from hfq.calibration.experts import Bank
+from hfq.calibration.step import Step, input_rows
 from hfq.errors import QuantizationError
 
 __all__ = ["Hessian", "Hessians", "collect"]
@@ -36,6 +36,10 @@ class Hessian:
     matrix: torch.Tensor
     tokens: int
     counts: torch.Tensor | None = None
+
+
+class _NotFiniteError(QuantizationError):
+    """A product overflowed, or an input was not finite."""
 
 
 Hessians = dict[str, Any]  # site name -> Hessian; for experts: parameter name -> list of Hessian, one an expert
@@ -57,6 +61,8 @@ class _Sum:
         left = x if weights is None else x * weights.to(x.device, torch.float32)[:, None]
         with _exact():
             product = left.t() @ x
+        if not bool(torch.isfinite(product).all()):
+            raise _NotFiniteError("the input of a site is not finite, or too large for a second moment in fp32")
         if self.matrix is None:
             self.matrix = torch.zeros_like(product, dtype=torch.float64)
         self.matrix += product
@@ -108,6 +114,7 @@ class _Collector:
         self.calls: list[str] = []
         self.limit: int | None = None
         self.now = 0
+        self.off = False
 
     def run(self) -> dict[tuple[str, str, int], _Sum]:
         plain = [site for site in self.sites if site.kind != "experts"]
@@ -116,7 +123,7 @@ class _Collector:
         try:
             with contextlib.ExitStack() as stack:
                 for bank in banks:
-                    stack.enter_context(_Bank(bank, self))
+                    stack.enter_context(Bank(bank, self))
                 for i in range(len(self.step)):
                     self._one(i, early=not banks)
         finally:
@@ -125,6 +132,14 @@ class _Collector:
         return self.sums
 
     def _one(self, i: int, early: bool) -> None:
+        try:
+            self._pass(i, early)
+        except _NotFiniteError:
+            self.off = True
+            self.step.blame(i)
+            raise
+
+    def _pass(self, i: int, early: bool) -> None:
         self.now, self.calls = i, []
         args, kwargs = to_device(self.step.inputs[i], device_of(self.step.block.module))
         try:
@@ -139,6 +154,8 @@ class _Collector:
 
     def _hook(self, site: Any) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.off:
+                return
             x = args[0] if args else next(iter(kwargs.values()))
             self.calls.append(site.name)
             if self.leader is None:
@@ -167,8 +184,11 @@ class _Collector:
             self.sums[leader, "", 0].followers.append(name)
         self.pending = []
 
+    def sum_of(self, name: str, parameter: str = "", expert: int = 0) -> _Sum:
+        return self.sums.setdefault((name, parameter, expert), _Sum())
+
     def add(self, site: Any, x: torch.Tensor) -> None:
-        total = self.sums.setdefault((site.name, "", 0), _Sum())
+        total = self.sum_of(site.name)
         if site.kind == "embedding":
             seen = torch.bincount(x.reshape(-1), minlength=site.in_features)
             total.matrix = seen if total.matrix is None else total.matrix + seen
@@ -208,94 +228,6 @@ def _patches(site: Any, x: torch.Tensor) -> torch.Tensor:
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
-_PRODUCTS = {nn.functional.linear: 1, torch.matmul: 1, torch.Tensor.matmul: 1, torch.Tensor.__matmul__: 1, torch.mm: 1}
-
-
-class _Bank(TorchFunctionMode):
-    """Sees which expert's matrix each product inside a bank of experts uses, and with which rows."""
-
-    def __init__(self, site: Any, collector: _Collector) -> None:
-        super().__init__()
-        self.site, self.collector = site, collector
-        self.parameters = {name: getattr(site.module, name) for name in site.tensors}
-        self.slices: dict[str, tuple[torch.Tensor, int]] = {}
-        self.order: list[torch.Tensor] = []
-        self.handles: list[Any] = []
-        self.saved: tuple[Any, Any] | None = None
-
-    def __enter__(self) -> Any:
-        # Fused implementations hide the experts; the plain loop over them is the reference.
-        config = getattr(self.site.module, "config", None)
-        if getattr(config, "_experts_implementation", "eager") not in (None, "eager"):
-            self.saved = (config, config._experts_implementation)
-            config._experts_implementation = "eager"
-        self.handles.append(self.site.module.register_forward_pre_hook(self._enter_bank, with_kwargs=True))
-        return super().__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
-        for handle in self.handles:
-            handle.remove()
-        if self.saved is not None:
-            self.saved[0]._experts_implementation = self.saved[1]
-
-    def _enter_bank(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.hidden = args[0] if args else kwargs["hidden_states"]
-        self.chosen = routing(module, args, kwargs)
-        self.token_of: dict[int, torch.Tensor] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func is torch.Tensor.__getitem__:
-            for name, parameter in self.parameters.items():
-                if args[0] is parameter and out.ndim == 2:
-                    self.slices[name] = (out, int(args[1]))
-        elif func in _PRODUCTS:
-            second = args[1] if len(args) > 1 else kwargs.get("weight")
-            for name, (matrix, expert) in self.slices.items():
-                if second is matrix:
-                    self._add(name, expert, args[0])
-        return out
-
-    def _add(self, name: str, expert: int, x: torch.Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        total = self.collector.sums.setdefault((self.site.name, name, expert), _Sum())
-        weights, keep = self.collector.rows(self.hidden.reshape(-1, self.hidden.shape[-1]))
-        if weights is None and keep is None:
-            if self.collector.weights is not None:
-                raise QuantizationError(
-                    f"{self.site.name}: its rows are not those of the block, so tokens cannot be weighted"
-                )
-            total.add(rows, None, None)
-            return
-        tokens = self._tokens(expert, rows)
-        total.add(
-            rows,
-            None if weights is None else weights.to(tokens.device)[tokens],
-            None if keep is None else keep.to(tokens.device)[tokens],
-        )
-
-    def _tokens(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
-        """Which tokens the rows of an expert are: found for its first product by comparing, then remembered."""
-        if expert not in self.token_of:
-            if self.chosen is None:
-                raise QuantizationError(
-                    f"{self.site.name}: the routing is not visible, so padded or weighted tokens cannot be told apart"
-                )
-            hit = self.chosen == expert
-            hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
-            for tokens in (torch.where(hit.t())[1], torch.where(hit)[0]):
-                if tokens.shape[0] == rows.shape[0] and (
-                    rows.shape[-1] != hidden.shape[-1] or torch.equal(hidden[tokens], rows)
-                ):
-                    self.token_of[expert] = tokens
-                    break
-            else:
-                raise QuantizationError(f"{self.site.name}: the rows of expert {expert} do not match the routing")
-        return self.token_of[expert]
-
-
 def _finish(step: Step, sites: list[Any], sums: dict[tuple[str, str, int], _Sum]) -> Hessians:
     """Reduce over processes, divide, and hand the shared sums to all their sites."""
     shapes = {
@@ -314,17 +246,22 @@ def _finish(step: Step, sites: list[Any], sums: dict[tuple[str, str, int], _Sum]
         ranks.sum_(matrix)
         tokens = int(ranks.sum_(torch.tensor(total.tokens, device=device)))
         if parameter:
-            entry = Hessian((matrix * (2 / max(tokens, 1))).float(), tokens)
+            entry = Hessian(_mean(matrix, tokens), tokens)
             result.setdefault(name, {}).setdefault(parameter, {})[expert] = entry
             continue
         if by_name[name].kind == "embedding":
             shared = Hessian(2 * torch.eye(by_name[name].out_features, device=device), tokens, matrix)
         else:
-            shared = Hessian((matrix * (2 / max(tokens, 1))).float(), tokens)
+            shared = Hessian(_mean(matrix, tokens), tokens)
         result.update(dict.fromkeys(followers or [name], shared))
     for site in sites:
         _complete(site, result, device)
     return {site.name: result[site.name] for site in sites}
+
+
+def _mean(total: torch.Tensor, tokens: int) -> torch.Tensor:
+    """``2 / N`` times the sum, exactly symmetric: the fp32 products are so only up to rounding."""
+    return ((total + total.t()) / max(tokens, 1)).float()
 
 
 def _complete(site: Any, result: Hessians, device: torch.device) -> None:
