@@ -200,9 +200,13 @@ def _give_back(block: nn.Module, taken: _Taken, store: _Folder) -> None:
         else:
             values = _File(file, prefix, names)
         hook = AlignDevicesHook(
-            execution_device=taken.execution_device, offload=True, weights_map=values, offload_buffers=taken.offload_buffers,
-            place_submodules=name in taken.whole, skip_keys=taken.skip_keys,
-        )  # fmt: skip
+            execution_device=taken.execution_device,
+            offload=True,
+            weights_map=values,
+            offload_buffers=taken.offload_buffers,
+            place_submodules=name in taken.whole,
+            skip_keys=taken.skip_keys,
+        )
         before = taken.others.get(name)
         if before is not None and before[0] is module:
             add_hook_to_module(module, before[1])

@@ -201,6 +201,7 @@ class ActivationCache(Sequence[tuple[tuple[Any, ...], dict[str, Any]]]):
         calls: one ``(args, kwargs)`` a batch with ``Stored`` and ``Slot`` leaves.
         stream: the tensors that fill the slots of each batch.
         main: path of the hidden state.
+        copy: hand out copies, for blocks that write into their inputs.
     """
 
     def __init__(
@@ -209,8 +210,9 @@ class ActivationCache(Sequence[tuple[tuple[Any, ...], dict[str, Any]]]):
         calls: Sequence[Any],
         stream: Sequence[Sequence[Stored]] | None = None,
         main: TreePath | None = None,
+        copy: bool = False,
     ) -> None:
-        self.store, self.calls, self.main = store, list(calls), main
+        self.store, self.calls, self.main, self.copy = store, list(calls), main, copy
         self.stream = [()] * len(self.calls) if stream is None else list(stream)
 
     def __len__(self) -> int:
@@ -222,7 +224,8 @@ class ActivationCache(Sequence[tuple[tuple[Any, ...], dict[str, Any]]]):
         filled = self.stream[index]
 
         def load(path: TreePath, leaf: Any) -> torch.Tensor:
-            return self.store.get(filled[leaf.index] if isinstance(leaf, Slot) else leaf)
+            tensor = self.store.get(filled[leaf.index] if isinstance(leaf, Slot) else leaf)
+            return tensor.clone() if self.copy else tensor
 
         args, kwargs = rebuild(self.calls[index], load, (Stored, Slot))
         return args, kwargs

@@ -48,6 +48,7 @@ class Stack:
     Attributes:
         wiring: set when the stack is a chain.
         reason: why it is not.
+        writes: a block changes its input in place, so that inputs are copied before every call.
         calls: how often each block runs in one forward pass.
     """
 
@@ -55,6 +56,7 @@ class Stack:
     wiring: Wiring | None = None
     reason: str = ""
     calls: dict[str, int] = field(default_factory=dict)
+    writes: bool = False
 
 
 @dataclass
@@ -119,6 +121,7 @@ def probe(
             stack.blocks.append(block)
         stack.calls[block.name] = stack.calls.get(block.name, 0) + 1
     for number, stack in stacks.items():
+        stack.writes = number in seen.mutating
         stack.reason = "" if chains else "the capture driver was asked for"
         if chains:
             stack.wiring, stack.reason = _wire(number, stack, seen)

@@ -253,7 +253,7 @@ _PLAIN = ("firstn", "firstlastn")  # already weights: not stretched to [r_min, r
 def normalise(scores: torch.Tensor, r_min: float, r_max: float, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Weights ``[B, T]`` with mean 1 over the tokens of each sequence; 0 on padding.
 
-    ``r = r_min + (r_max - r_min) (s - min s) / (max s - min s)``, 1 where all scores are equal, then ``w = r T / sum r``.
+    ``r = r_min + (r_max - r_min) (s - min s) / (max s - min s)``, 1 where all scores are equal; ``w = r T / sum r``.
     """
     if not 0 <= r_min <= r_max or r_max == 0:
         raise ConfigError(f"r_min={r_min}, r_max={r_max}: 0 <= r_min <= r_max and r_max > 0 are needed")

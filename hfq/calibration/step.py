@@ -157,6 +157,10 @@ class Step:
             self._blame(args, kwargs)
         return output
 
+    def blame(self, i: int) -> None:
+        """Raise the error that names the module of the block from which on call ``i`` is not finite."""
+        self._blame(*to_device(self.inputs[i], device_of(self.block.module)))
+
     def swap(self, site: Any, codes: Any, **options: Any) -> nn.Module:
         """Replace the module of ``site`` (or of the site of this name) by its packed layer; adds the report row."""
         from hfq.layers import swap as layer_swap
@@ -218,7 +222,7 @@ class Step:
         kind = QuantizationError if self.changed else DataError
         raise kind(
             f"NaN or infinite elements appear first in the output of {guilty[0] if guilty else self.block.name} "
-            f"({'after' if self.changed else 'before'} quantization); use a wider dtype "
+            f"({'after' if self.changed else 'before'} the block was changed); use a wider dtype "
             "or check the weights and the calibration data"
         )
 

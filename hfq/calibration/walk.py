@@ -278,8 +278,10 @@ class _Walk:
             alone = Stack([block], calls={block.name: stack.calls[block.name]})
             calls, numbers = self._capture(alone)
             main = first_tensor_of(calls[0])
-            inputs = ActivationCache(self.store, calls[0], None, main)
-            floats = ActivationCache(self.store, float_calls[i], None, main) if float_calls is not None else None
+            inputs = ActivationCache(self.store, calls[0], None, main, stack.writes)
+            floats = None
+            if float_calls is not None:
+                floats = ActivationCache(self.store, float_calls[i], None, main, stack.writes)
             with self.placement(block.module):
                 step = Step(
                     self.model,
@@ -316,6 +318,9 @@ class _Walk:
             step.changed = True
             yield None
             return
+        for key, parameter in module.named_parameters():
+            if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+                raise QuantizationError(f"{name}.{key} has NaN or infinite elements: the float model is damaged")
         step._before = state_digest(module) if self.saved is not None else None
         yield step
         step.changed = True

@@ -1,0 +1,176 @@
+"""Second moments against the same sums written out, from hooks on whole forward passes of the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hfq.calibration import hessian, walk
+from hfq.errors import QuantizationError
+from hfq.graph import Site, read
+
+
+def rows_of(model, name, batches):
+    """The inputs of module ``name`` in whole passes, ``[B, T, K]`` a batch."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch, use_cache=False)
+    handle.remove()
+    return seen
+
+
+def reference(rows, weights=None, masks=None):
+    total, count = 0, 0
+    for i, x in enumerate(rows):
+        w = torch.ones(x.shape[:2]) if weights is None else weights[i]
+        m = torch.ones(x.shape[:2]) if masks is None or masks[i] is None else masks[i]
+        x, w, m = x.double().reshape(-1, x.shape[-1]), w.double().reshape(-1), m.reshape(-1).bool()
+        total, count = total + (x[m] * w[m, None]).t() @ x[m], count + int(m.sum())
+    return 2 / count * total, count
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_linear_sites(llama, batches, padded, weighted):
+    model, data = llama(), batches(padded=padded)
+    weights = [torch.rand(batch["input_ids"].shape) for batch in data] if weighted else None
+    masks = [batch.get("attention_mask") for batch in data]
+    for step in walk.walk(read(model), data):
+        found = hessian.collect(step, weights=weights)
+        assert list(found) == [site.name for site in step.block.sites]
+        for name, one in found.items():
+            expected, count = reference(rows_of(model, name, data), weights, masks)
+            assert one.tokens == count == data.tokens
+            assert one.matrix.dtype == torch.float32 and torch.equal(one.matrix, one.matrix.t().contiguous())
+            torch.testing.assert_close(
+                one.matrix.double(), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max())
+            )
+
+
+def test_sites_with_one_input_share_one_matrix(llama, batches):
+    step = next(walk.walk(read(llama()), batches()))
+    found = {name.rsplit(".")[-1]: one for name, one in hessian.collect(step).items()}
+    assert found["q_proj"] is found["k_proj"] is found["v_proj"] and found["gate_proj"] is found["up_proj"]
+    assert len({id(one) for one in found.values()}) == 4
+
+
+def test_unit_weights_change_no_bit(llama, batches):
+    data = batches(padded=True)
+    step = next(walk.walk(read(llama()), data))
+    plain, unit = hessian.collect(step), hessian.collect(step, weights=[torch.ones(b["input_ids"].shape) for b in data])
+    assert all(torch.equal(plain[name].matrix, unit[name].matrix) for name in plain)
+
+
+def test_the_pass_ends_after_the_last_wanted_site(llama, batches):
+    model, ran = llama(), []
+    step = next(walk.walk(read(model), batches()))
+    step.block.module.mlp.down_proj.register_forward_hook(lambda *_: ran.append(1))
+    step.block.module.self_attn.k_proj.register_forward_hook(lambda *_: ran.append("k"))
+    found = hessian.collect(step, ["model.layers.0.self_attn.q_proj"])
+    assert list(found) == ["model.layers.0.self_attn.q_proj"]
+    assert ran.count(1) == 1 and len(step) == 3, "only the first batch runs to the end"
+
+
+def test_order_of_batches_does_not_matter(llama, batches):
+    data = batches(rows=8)
+    turned = type(data)(data.items[::-1])
+    first, second = (hessian.collect(next(walk.walk(read(llama()), d))) for d in (data, turned))
+    assert all(torch.equal(first[name].matrix, second[name].matrix) for name in first)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts(batches, padded, implementation):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    config = MixtralConfig(
+        **sizes, num_hidden_layers=1, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+        experts_implementation=implementation,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, data = MixtralForCausalLM(config).eval(), batches(rows=6, padded=padded)
+    weights = [torch.rand(batch["input_ids"].shape) for batch in data]
+    captured = []
+    bank = model.model.layers[0].mlp.experts
+    handle = bank.register_forward_pre_hook(lambda m, args: captured.append(args))
+    with torch.no_grad():
+        for batch in data:
+            model(**batch, use_cache=False)
+    handle.remove()
+    step = next(walk.walk(read(model), data))
+    found = hessian.collect(step, weights=weights)[step.block.name + ".mlp.experts"]
+    assert model.config._experts_implementation == implementation
+    for e in range(4):
+        sums, count = {"gate_up_proj": 0, "down_proj": 0}, 0
+        for (x, chosen, _), w, batch in zip(captured, weights, data, strict=True):
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).reshape(-1).bool()
+            x = x.reshape(-1, x.shape[-1])
+            hit = (chosen == e).any(-1) & mask
+            gate, up = (x[hit] @ bank.gate_up_proj[e].t()).chunk(2, -1)
+            inner, scale = torch.nn.functional.silu(gate) * up, w.reshape(-1)[hit, None].double()
+            sums["gate_up_proj"] += (x[hit].double() * scale).t() @ x[hit].double()
+            sums["down_proj"] += (inner.double() * scale).t() @ inner.double()
+            count += int(hit.sum())
+        for name, total in sums.items():
+            assert found[name][e].tokens == count
+            expected = (2 / max(count, 1) * total).detach()
+            torch.testing.assert_close(found[name][e].matrix.double(), expected, rtol=1e-4, atol=1e-9)
+    assert step.expert_tokens[step.block.name + ".mlp.experts"] == [found["down_proj"][e].tokens for e in range(4)]
+
+
+class Mixed(nn.Module):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv, self.a = nn.LayerNorm(6), nn.Conv1d(6, 6, 3, padding=1), nn.Linear(6, 6)
+            self.table, self.grouped = nn.Embedding(5, 6), nn.Conv1d(6, 6, 1, groups=2)
+
+        def forward(self, x, ids):
+            y = self.conv(self.norm(x).transpose(1, 2))
+            return x + self.grouped(y).transpose(1, 2) + self.a(x) + self.table(ids)
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(self.Block() for _ in range(2))
+
+    def forward(self, x, ids):
+        for layer in self.layers:
+            x = layer(x, ids)
+        return x
+
+
+def test_convolutions_and_embeddings():
+    model = Mixed().eval()
+    data = [{"x": torch.randn(2, 7, 6), "ids": torch.randint(0, 5, (2, 7))} for _ in range(2)]
+    plan = read(model, kinds=("linear", "conv", "embedding"))
+    step = next(walk.walk(plan, data))
+    found = hessian.collect(step, ["layers.0.conv", "layers.0.table"])
+    normed = [model.layers[0].norm(b["x"]).transpose(1, 2) for b in data]
+    padded = torch.cat([nn.functional.pad(x, (1, 1)) for x in normed])
+    patches = padded.unfold(2, 3, 1).permute(0, 2, 1, 3).reshape(-1, 18).double()
+    torch.testing.assert_close(
+        found["layers.0.conv"].matrix.double(), 2 / 28 * (patches.t() @ patches).detach(), rtol=1e-5, atol=1e-6
+    )
+    table = found["layers.0.table"]
+    assert torch.equal(table.counts, torch.bincount(torch.cat([b["ids"].reshape(-1) for b in data]), minlength=5))
+    assert torch.equal(table.matrix, 2 * torch.eye(6))
+    with pytest.raises(QuantizationError, match="groups"):
+        hessian.collect(step, ["layers.0.grouped"])
+    with pytest.raises(QuantizationError, match="other rows"):
+        weights = [torch.ones(2, 5) for _ in data]
+        hessian.collect(step, ["layers.0.a"], weights=weights)
+
+
+def test_refusals(llama, batches):
+    step = next(walk.walk(read(llama()), batches()))
+    with pytest.raises(QuantizationError, match="no site 'x'"):
+        hessian.collect(step, ["x"])
+    with pytest.raises(QuantizationError, match="2 token weights for 3 batches"):
+        hessian.collect(step, weights=[torch.ones(2, 12)] * 2)
+    other = nn.Linear(4, 4)
+    with pytest.raises(QuantizationError, match="never called"):
+        hessian.collect(step, [Site("elsewhere", other, "linear", 4, 4, 16)])
