@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from hfq.errors import KernelError
 from hfq.kernels.triton import config as configs
 from hfq.kernels.triton import tune, wna16
 from hfq.kernels.triton.config import Config, Key, bucket
@@ -131,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tune", action="store_true", help="time the candidates of every bucket first")
     parser.add_argument("--seconds", type=float, default=300)
     args = parser.parse_args(argv)
+    reason = wna16.available("cuda")
+    if reason:
+        raise KernelError(f"cannot benchmark: {reason}")
     import triton
 
     args.out.mkdir(parents=True, exist_ok=True)
