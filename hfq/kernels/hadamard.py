@@ -9,7 +9,7 @@ two small factors whose Kronecker product is ``H_n``.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -33,7 +33,7 @@ _CIRCULANTS: dict[int, tuple[tuple[int, ...], tuple[int, int, int, int]]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _prime_power(q: int) -> tuple[int, int] | None:
     """``(p, e)`` with ``p**e == q`` and ``p`` prime, or ``None``."""
     if q < 2:
@@ -79,7 +79,7 @@ def _jacobsthal(p: int, e: int) -> torch.Tensor:
 
 
 def _paley(n: int) -> torch.Tensor | None:
-    """Paley's matrix of order ``n = q + 1`` (q = 3 mod 4) or ``n = 2 (q + 1)`` (q = 1 mod 4); ``None`` if neither fits."""
+    """Paley's matrix of order ``q + 1`` (q = 3 mod 4) or ``2 (q + 1)`` (q = 1 mod 4); ``None`` if neither is ``n``."""
     if n % 4:
         return None
     field = _prime_power(n - 1)
@@ -128,7 +128,7 @@ def _goethals_seidel(n: int) -> torch.Tensor | None:
     ])  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def _core_kind(m: int) -> str | None:
     """How a core of order ``m`` is built ("" for the trivial one), without building it."""
     if m == 1:
@@ -166,7 +166,7 @@ def _sylvester(order: int) -> torch.Tensor:
     return h
 
 
-@lru_cache(maxsize=None)
+@cache
 def _split(n: int) -> tuple[int, int] | None:
     if n < 1:
         return None

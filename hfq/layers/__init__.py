@@ -1,1 +1,11 @@
-"""Part of hfq."""
+"""Modules that run codes, what they are composed of, and how they get into a model."""
+
+from hfq.layers.embedding import QEmbedding
+from hfq.layers.experts import QExperts
+from hfq.layers.linear import QConv1D, QLinear
+from hfq.layers.online import Hadamard, StreamRotation, install_rotation
+from hfq.layers.packed import PackedModule
+
+__all__ = [
+    "Hadamard", "PackedModule", "QConv1D", "QEmbedding", "QExperts", "QLinear", "StreamRotation", "install_rotation",
+]  # fmt: skip

@@ -1,0 +1,103 @@
+"""Packed matrices in the place of ``nn.Linear`` and of transformers' ``Conv1D``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfq import kernels
+from hfq.formats import QuantSpec
+from hfq.layers.online import Hadamard
+from hfq.layers.packed import PackedModule
+from hfq.layers.slot import Slot
+
+__all__ = ["PackedMatrix", "QConv1D", "QLinear"]
+
+
+class PackedMatrix(PackedModule):
+    """``y = online(x) W^T + bias`` with a packed ``W`` ``[out_features, in_features]``.
+
+    Args:
+        in_features, out_features: as of the float layer.
+        spec: grid of the codes.
+        bias: a tensor ``[out_features]`` (taken as it is), ``True`` for an empty one, or none.
+        compute_dtype: dtype of the float weight, in which activations are expected.
+        online: transform of the input; the codes are then those of the transformed weight.
+        device: of the empty tensors.
+    """
+
+    _transposed = False
+    float_class: type[nn.Module] | None = None  # what `dequantize_modules` puts back; None: nn.Linear
+
+    def __init__(
+        self, in_features: int, out_features: int, spec: QuantSpec, *, bias: torch.Tensor | bool | None = None,
+        compute_dtype: torch.dtype = torch.float32, online: Hadamard | None = None, device: Any = None,
+    ) -> None:
+        slot = Slot(spec, out_features, in_features, transposed=self._transposed)
+        super().__init__({"weight": slot}, compute_dtype=compute_dtype, device=device)
+        self.in_features, self.out_features = in_features, out_features
+        if online is not None:
+            self.online = online
+        if bias is True:
+            bias = torch.empty(out_features, dtype=compute_dtype, device=device)
+        if isinstance(bias, torch.Tensor):
+            self.register_parameter("bias", nn.Parameter(bias.detach(), requires_grad=False))
+        else:
+            self.register_parameter("bias", None)
+
+    @property
+    def spec(self) -> QuantSpec:
+        return self.slots["weight"].spec
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The float weight in the layout of the replaced module, ``compute_dtype``; dequantized when it is used."""
+        return self.weight_view("weight")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a Parameter under this name, or refuse to.
+        if name == "weight" and isinstance(value, torch.Tensor):
+            self.assign_weight("weight", value)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, dtype of ``x`` (of the autocast region inside one)."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.online is not None:
+            x = self.online(x)
+        return kernels.linear(x, self.operand("weight"), self.bias)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": self._kind, "in_features": self.in_features, "out_features": self.out_features,
+            "bias": self.bias is not None, "spec": self.spec.to_dict(),
+            "online": None if self.online is None else self.online.describe(),
+        }
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.bias is not None else ", no bias")
+
+
+class QLinear(PackedMatrix):
+    """In the place of ``nn.Linear``, and not one: libraries read and re-initialise the weight of those."""
+
+    _kind = "linear"
+
+
+class QConv1D(PackedMatrix):
+    """In the place of transformers' ``Conv1D``: the float weight is ``[in, out]``, the codes are those of a linear."""
+
+    _kind = "conv1d"
+    _transposed = True
+
+    @property
+    def nx(self) -> int:
+        return self.in_features
+
+    @property
+    def nf(self) -> int:
+        return self.out_features

@@ -1,0 +1,131 @@
+"""The manifest of a model's packed layers, and empty layers from a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfq.errors import CheckpointError, QuantizationError
+from hfq.layers import manifest as record
+from hfq.layers import online as streams
+from hfq.layers.experts import pack_experts
+from hfq.layers.kinds import empty, kind_of, matrix_of
+from hfq.layers.online import Hadamard
+from hfq.layers.packed import PackedModule
+from hfq.layers.slot import Slot
+
+__all__ = ["build_empty", "describe", "packed_modules"]
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """The packed layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The manifest: what :func:`build_empty` needs to rebuild the packed layers and rotations. JSON only."""
+    return {
+        "version": record.VERSION,
+        "layers": {name: module.describe() for name, module in packed_modules(model).items()},
+        "rotations": streams.rotations(model),
+    }
+
+
+def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
+    """Replace float modules by empty packed layers, as ``manifest`` says, before a checkpoint is loaded.
+
+    Everything is checked against the model before anything is allocated or replaced. New tensors are on the device of
+    the ones they replace (usually meta). Layers and rotations that are there already stay.
+
+    Returns:
+        Names of the replaced modules.
+
+    Raises:
+        CheckpointError: the manifest is damaged, of a newer version, or of another model; names the module.
+    """
+    layers, rotations = record.entries(manifest)
+    todo: list[tuple[str, Callable[[], nn.Module]]] = []
+    for name, entry in layers.items():
+        place = record.locate(model, name, layers)
+        if place is None:
+            continue
+        module = model.get_submodule(place)
+        if isinstance(module, PackedModule):
+            if module.describe() != dict(entry):
+                raise CheckpointError(f"{name} is packed already, and otherwise than the manifest says")
+            continue
+        todo.append((place, _builder(name, module, entry)))
+    places = [(entry, record.locate(model, entry["module"], {entry["module"]: None, **layers})) for entry in rotations]
+    for place, build in todo:
+        new = build()
+        assert isinstance(new, PackedModule)
+        new.label = place
+        model.set_submodule(place, new)
+    for entry, place in places:
+        if place is not None:
+            block = model.get_submodule(place)
+            device = next((p.device for p in block.parameters()), torch.device("cpu"))
+            streams.rebuild(model, entry, place, device)
+    return [place for place, _ in todo]
+
+
+def _builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable[[], nn.Module]:
+    """Check an entry against the module that it is about; a function that builds the empty packed layer."""
+    kind = entry.get("kind")
+    if kind == "experts":
+        return _experts_builder(name, module, entry)
+    if kind not in ("linear", "conv1d", "embedding"):
+        raise CheckpointError(f"{name}: unknown kind {kind!r} of packed layer: the checkpoint needs a newer hfq")
+    try:
+        actual = kind_of(module)
+    except QuantizationError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    if actual != kind:
+        raise CheckpointError(f"{name}: the manifest says {kind}, the model has {type(module).__name__}")
+    record.fields(name, entry, {"kind", "in_features", "out_features", "bias", "spec", "online"})
+    rows, columns = matrix_of(module, kind).shape
+    record.size(name, entry, "out_features", rows)
+    record.size(name, entry, "in_features", columns)
+    spec = record.spec_of(name, entry)
+    bias, transform, device = entry["bias"], entry["online"], module.weight.device  # type: ignore[union-attr]
+    if not isinstance(bias, bool) or (kind == "embedding" and (bias or transform is not None)):
+        raise CheckpointError(f"{name}: bias={bias!r}, online={transform!r} in the manifest")
+    online = None if transform is None else _online(name, transform, columns, device)
+    return lambda: empty(module, kind, spec, online, bias, device)
+
+
+def _online(name: str, entry: Any, columns: int, device: Any) -> Hadamard:
+    record.fields(f"{name}.online", entry, {"kind", "size", "block", "signs"})
+    record.size(f"{name}.online", entry, "size", columns)
+    block, signs = entry["block"], entry["signs"]
+    whole = block is None or (isinstance(block, int) and not isinstance(block, bool))
+    if entry["kind"] != "hadamard" or not isinstance(signs, bool) or not whole:
+        raise CheckpointError(f"{name}: unknown online transform {dict(entry)} in the manifest")
+    try:
+        return Hadamard(columns, block, signs=signs, device=device)
+    except QuantizationError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def _experts_builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable[[], nn.Module]:
+    record.fields(name, entry, {"kind", "params"})
+    if not isinstance(entry["params"], Mapping) or not entry["params"]:
+        raise CheckpointError(f"{name}: the manifest lists no expert weights")
+    slots = {}
+    for parameter, part in entry["params"].items():
+        where = f"{name}.{parameter}"
+        record.fields(where, part, {"experts", "out_features", "in_features", "transposed", "spec"})
+        weight = module._parameters.get(parameter)
+        if weight is None or weight.dim() != 3 or not isinstance(part["transposed"], bool):
+            raise CheckpointError(f"{where} is packed in the checkpoint; {type(module).__name__} has no such experts")
+        rows, columns = (weight.shape[2], weight.shape[1]) if part["transposed"] else weight.shape[1:]
+        record.size(where, part, "experts", weight.shape[0])
+        record.size(where, part, "out_features", rows)
+        record.size(where, part, "in_features", columns)
+        slots[parameter] = Slot(
+            record.spec_of(where, part), rows, columns, weight.shape[0], f"{parameter}_", part["transposed"]
+        )
+    return lambda: pack_experts(module, slots)

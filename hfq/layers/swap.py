@@ -1,0 +1,226 @@
+"""Put packed layers into a model, take them out again, and rebuild them before a checkpoint is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfq import kernels
+from hfq.errors import CheckpointError, QuantizationError
+from hfq.formats import Codes, affine
+from hfq.layers.deferred import Deferred
+from hfq.layers.experts import is_transposed, pack_experts
+from hfq.layers.kinds import empty, kind_of, matrix_of, to_float
+from hfq.layers.online import Hadamard, StreamRotation
+from hfq.layers.packed import Memory, PackedModule, check_slot
+from hfq.layers.rebuild import build_empty, describe, packed_modules
+from hfq.layers.slot import Slot
+from hfq.report import Report, Row
+
+__all__ = [
+    "build_empty", "check", "check_codes", "dequantize_modules", "describe", "freeze", "kind_of", "packed_modules",
+    "prepare", "swap", "swap_experts",
+]  # fmt: skip
+
+
+def swap(
+    model: nn.Module, name: str, codes: Codes, report: Report | None = None, *, online: Hadamard | None = None,
+    asked: Mapping[str, Any] | None = None, tokens: int | None = None, reason: str = "",
+    extra: Mapping[str, Any] | None = None,
+) -> PackedModule:
+    """Replace module ``name`` by its packed layer and add a report row.
+
+    Args:
+        codes: of the weight as ``[out, in]``; with ``online``, of ``online.fold(weight)``.
+        online: transform of the layer's input.
+        asked: what the config asked for; default the grid.
+        tokens, reason, extra: for the row.
+
+    Returns:
+        The packed layer, on the device of the float one.
+
+    Raises:
+        QuantizationError: no packed layer fits the module, or the codes do not fit it.
+    """
+    module = _find(model, name)
+    try:
+        kind = kind_of(module)
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error}") from error
+    weight = matrix_of(module, kind)
+    if tuple(codes.shape) != tuple(weight.shape):
+        raise QuantizationError(f"{name}: codes of {tuple(codes.shape)} for a weight of {tuple(weight.shape)}")
+    if online is not None and (kind == "embedding" or online.n != weight.shape[1]):
+        raise QuantizationError(f"{name}: a transform of {online.n} features does not fit {kind} {tuple(weight.shape)}")
+    device = codes.codes.device if weight.is_meta else weight.device
+    new = empty(module, kind, codes.spec, online, getattr(module, "bias", None) is not None, "meta")
+    new.label = name
+    new.set_codes("weight", codes, device)
+    if online is not None:
+        online.to(device)
+    error = None if weight.is_meta else _relative_error([(weight, codes)], online)
+    if error is not None and not error < float("inf"):
+        raise QuantizationError(f"{name}: the codes decode to values that are not finite")
+    model.set_submodule(name, new)
+    if report is not None:
+        bits = codes.bits_per_weight()
+        if online is not None:
+            bits += 8 * sum(p.nbytes for p in online.parameters()) / codes.codes.numel()
+        report.add(Row(
+            name, kind=kind, reason=reason, asked=dict(asked or codes.spec.to_dict()), bits=bits,
+            numel=codes.codes.numel(), error=error, tokens=tokens, kernel=_kernel(new), extra=dict(extra or {}),
+        ))  # fmt: skip
+    return new
+
+
+def swap_experts(
+    model: nn.Module, name: str, codes: Mapping[str, Sequence[Codes]], report: Report | None = None, *,
+    transposed: bool | None = None, asked: Mapping[str, Any] | None = None, tokens: int | None = None, reason: str = "",
+    extra: Mapping[str, Any] | None = None,
+) -> PackedModule:
+    """Replace a bank of experts by its packed form and add a report row.
+
+    Args:
+        codes: for each 3-D parameter one set of codes an expert, of its weight as ``[out, in]``.
+        transposed: the float weights are ``[E, in, out]``; default: from the shapes, or what the module says.
+        asked, tokens, reason, extra: as in :func:`swap`.
+    """
+    module = _find(model, name)
+    if isinstance(module, PackedModule):
+        raise QuantizationError(f"{name}: {type(module).__name__} is packed already")
+    if not codes or not all(codes.values()):
+        raise QuantizationError(f"{name}: no codes for the experts")
+    try:
+        shapes = {parameter: (c[0].shape[0], c[0].shape[1]) for parameter, c in codes.items()}
+        turned = is_transposed(module, shapes) if transposed is None else transposed
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error}") from error
+    slots, pairs = {}, []
+    for parameter, several in codes.items():
+        weight = module._parameters.get(parameter)
+        rows, columns = several[0].shape
+        if weight is None or tuple(weight.shape) != (len(several), *((columns, rows) if turned else (rows, columns))):
+            found = None if weight is None else tuple(weight.shape)
+            raise QuantizationError(f"{name}: {len(several)} codes of {rows} x {columns} for {parameter} {found}")
+        slots[parameter] = Slot(several[0].spec, rows, columns, len(several), f"{parameter}_", turned)
+        if not weight.is_meta:
+            float_weights = weight.detach().transpose(1, 2) if turned else weight.detach()
+            pairs += list(zip(float_weights, several, strict=True))
+    device = next(iter(codes.values()))[0].codes.device if not pairs else pairs[0][0].device
+    new = pack_experts(module, slots, "meta")
+    new.label = name
+    for parameter, several in codes.items():
+        new.set_codes(parameter, list(several), device)
+    model.set_submodule(name, new)
+    if report is not None:
+        numel = sum(c.codes.numel() for several in codes.values() for c in several)
+        stored = sum(c.bits_per_weight() * c.codes.numel() for several in codes.values() for c in several)
+        report.add(Row(
+            name, kind="experts", reason=reason, asked=dict(asked or next(iter(slots.values())).spec.to_dict()),
+            bits=stored / numel, numel=numel, error=_relative_error(pairs) if pairs else None, tokens=tokens,
+            kernel=_kernel(new), extra=dict(extra or {}),
+        ))  # fmt: skip
+    return new
+
+
+def _find(model: nn.Module, name: str) -> nn.Module:
+    try:
+        found = model.get_submodule(name)
+    except AttributeError as error:
+        raise QuantizationError(f"{type(model).__name__} has no module {name!r}") from error
+    if found is model:
+        raise QuantizationError("the model itself cannot be replaced: give the name of a module in it")
+    return found
+
+
+def _relative_error(
+    pairs: Sequence[tuple[torch.Tensor, Codes]], online: Hadamard | None = None, rows: int = 1024
+) -> float:
+    """``||W - Q|| / ||W||`` over all matrices, some rows at a time; an orthogonal transform does not change it."""
+    wrong = total = 0.0
+    for weight, codes in pairs:
+        for i in range(0, weight.shape[0], rows):
+            part = slice(i, i + rows)
+            grid = [t if t is None or t.shape[0] == 1 else t[part] for t in (codes.scale, codes.zero_point)]
+            decoded = affine.decode(codes.codes[part], grid[0], grid[1], codes.spec)  # type: ignore[arg-type]
+            w = weight[part].to(decoded.device, torch.float32)
+            w = w if online is None else online(w)
+            wrong += float((w - decoded).double().square().sum())
+            total += float(w.double().square().sum())
+    return (wrong / total) ** 0.5 if total else wrong**0.5
+
+
+def _kernel(module: PackedModule) -> str | None:
+    if not module._has_runtime:
+        return "rows"
+    choices = kernels.explain(module.packed(next(iter(module.slots)))[0], 1, module.compute_dtype)
+    return next((choice.backend for choice in choices if choice.chosen), None)
+
+
+def prepare(model: nn.Module, memory: Memory = "compact") -> list[str]:
+    """Make the runtime form of every packed layer that is in memory and not under an offloading hook; their names."""
+    return [name for name, module in packed_modules(model).items() if module.prepare(memory)]
+
+
+def freeze(model: nn.Module) -> None:
+    """No tensor of a packed layer or of a rotation needs a gradient (loaders make floating tensors trainable)."""
+    for module in model.modules():
+        if isinstance(module, (PackedModule, StreamRotation, Hadamard)):
+            for parameter in module.parameters(recurse=False):
+                if not isinstance(parameter, Deferred):
+                    parameter.requires_grad_(False)
+
+
+def check_codes(module: PackedModule) -> None:
+    """Raise :class:`CheckpointError`, naming the tensor, if what was loaded cannot be decoded.
+
+    Codes in packed form are in range by construction; scales must be finite and positive, zero points in range.
+    """
+    for key in module.slots:
+        check_slot(module, key)
+    bias = module._parameters.get("bias")
+    if bias is not None and not bias.is_meta and not torch.isfinite(bias).all():
+        raise CheckpointError(f"{module.label}.bias has elements that are not finite")
+    if module.online is not None:
+        _check_signs(module.online, f"{module.label}.online")
+
+
+def _check_signs(module: nn.Module, where: str) -> None:
+    signs = module._parameters.get("signs")
+    if signs is not None and not signs.is_meta and not (signs.abs() == 1).all():
+        raise CheckpointError(f"{where}.signs has elements other than +1 and -1")
+
+
+def check(model: nn.Module) -> None:
+    """:func:`check_codes` for every packed layer, and the same for the rotations."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            module.label = module.label or name
+            check_codes(module)
+        elif isinstance(module, StreamRotation):
+            _check_signs(module, name)
+            if module.kind == "dense" and not module.matrix.is_meta:
+                q = module.matrix_of()
+                wrong = (q @ q.t() - torch.eye(module.size, dtype=q.dtype, device=q.device)).abs().max()
+                if not wrong < 1e-3:
+                    raise CheckpointError(f"{name}.matrix is not orthogonal (off by {float(wrong):.2g})")
+
+
+def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
+    """Replace every packed layer by its float module, online transforms folded back into the weight.
+
+    Stream rotations stay: the weights in between are rotated, and the model's function needs both.
+
+    Args:
+        dtype: of the float weights; default the layers' ``compute_dtype``.
+
+    Returns:
+        Names of the replaced modules.
+    """
+    found = packed_modules(model)
+    for name, module in found.items():
+        model.set_submodule(name, to_float(module, dtype).train(module.training))
+    return list(found)
