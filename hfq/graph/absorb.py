@@ -13,6 +13,7 @@ for rotations ``[n, d]`` (one ``d x d`` rotation applied to ``n`` sets of ``d`` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,8 @@ from torch import nn
 from hfq.errors import QuantizationError
 from hfq.graph.read import Site
 
-__all__ = ["Matrix", "Norm", "matrix_of", "rotate_inputs", "rotate_outputs", "scale_inputs", "scale_outputs"]
+__all__ = ["Matrix", "Norm", "add_bias", "fold_norm", "matrix_of", "rotate_inputs", "rotate_outputs", "scale_inputs",
+           "scale_outputs"]
 
 
 @dataclass(eq=False)
@@ -160,6 +162,36 @@ def add_bias(matrix: Matrix, shift: torch.Tensor) -> None:
         raise QuantizationError(f"{matrix.name} has no bias")
     product = torch.tensordot(matrix.weight.double(), shift.double().to(bias.device), dims=([matrix.input_axis], [0]))
     _write(bias, bias.double() + product)
+
+
+@torch.no_grad()
+def fold_norm(norm: Norm, readers: Sequence[tuple[Matrix, torch.Tensor]], bias_moves: bool) -> None:
+    """Move the gain of a norm into its readers; its gain becomes one.
+
+    Args:
+        norm: the norm.
+        readers: every matrix that reads it, with the norm's channel of each of its inputs (-1: none).
+        bias_moves: the bias moves into the biases of the readers; else it stays in the norm, divided by the gain.
+
+    Raises:
+        QuantizationError: a bias would have to be divided by a gain of (almost) zero.
+    """
+    gain, bias = norm.get_gain(), norm.get_bias()
+    if bias is not None and bool(bias.any()) and not bias_moves:
+        small = (gain.abs() <= 1e-6 * gain.abs().max()) & (bias != 0)
+        if bool(small.any()):
+            raise QuantizationError(f"{norm.name}: channel {int(small.nonzero()[0])} has a bias but no gain, and a "
+                                    "reader has no bias to take it")
+        norm.set_bias(torch.where(bias == 0, bias, bias / gain))
+    for matrix, index in readers:
+        index = index.to(gain.device)
+        used = index >= 0
+        if bias is not None and bias_moves:
+            add_bias(matrix, torch.where(used, bias[index.clamp_min(0)], 0.0))
+        scale_inputs(matrix, torch.where(used, gain[index.clamp_min(0)], 1.0))
+    if bias is not None and bias_moves:
+        norm.set_bias(torch.zeros_like(bias))
+    norm.set_gain(torch.ones_like(gain))
 
 
 def _matrix(target: Site | Matrix) -> Matrix:

@@ -47,7 +47,7 @@ class Flow:
     Attributes:
         width: number of source channels.
         readers: by (module, tensor).
-        dead: channel → why a scale on it cannot be followed.
+        dead: channel → why a scale on it cannot be followed (every reason met).
         marks: what lies on the way of some channels: "positive" (a ReLU, only positive scales commute), "product" (an
             elementwise product with another tensor).
         altered: something other than moving elements lies on the way, so that a constant added to the source does not
@@ -61,7 +61,7 @@ class Flow:
     owner: str = ""
     classes: Classes = field(init=False)
     readers: dict[tuple[str, str], Reader] = field(default_factory=dict)
-    dead: dict[int, str] = field(default_factory=dict)
+    dead: dict[int, list[str]] = field(default_factory=dict)
     deaths: list[tuple[Node, str]] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     marks: dict[str, set[int]] = field(default_factory=dict)
@@ -109,11 +109,13 @@ class Flow:
         if node is not None and channels:
             self.deaths.append((node, reason))
         for channel in channels:
-            self.dead.setdefault(channel, reason)
+            reasons = self.dead.setdefault(channel, [])
+            if reason not in reasons:
+                reasons.append(reason)
 
     def reason(self) -> str:
-        """The most common reason for which channels died."""
-        reasons = list(self.dead.values())
+        """The most common first reason for which channels died."""
+        reasons = [found[0] for found in self.dead.values()]
         return max(sorted(set(reasons)), key=reasons.count) if reasons else "no linear layer reads it"
 
     def _step(self, node: Node) -> None:

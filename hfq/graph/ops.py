@@ -15,7 +15,9 @@ from hfq.graph.trace import Node, Value
 if TYPE_CHECKING:
     from hfq.graph.flow import Flow
 
-__all__ = ["handler_of"]
+__all__ = ["CONTRACTED", "handler_of"]
+
+CONTRACTED = "multiplied with another activation and summed"
 
 _SHAPE_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
                "new_empty", "new_full", "sym_size", "sym_stride", "sym_numel"}
@@ -253,7 +255,7 @@ def _contract(flow: Flow, node: Node, position: int, shadow: torch.Tensor, summe
     channels = collapse(shadow, tuple(axes))
     if channels is not None:
         flow.contract(node, position, channels)
-    flow.kill(shadow, "multiplied with another activation and summed" + where(node), node)
+    flow.kill(shadow, CONTRACTED + where(node), node)
 
 
 def _attention(flow: Flow, node: Node) -> None:

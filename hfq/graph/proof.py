@@ -78,7 +78,9 @@ def floats(tree: Any) -> list[torch.Tensor]:
     return found
 
 
-def random_rotation(size: int, generator: torch.Generator, fix_ones: bool = False, reflections: int = 16) -> torch.Tensor:
+def random_rotation(
+    size: int, generator: torch.Generator, fix_ones: bool = False, reflections: int = 16
+) -> torch.Tensor:
     """A dense orthogonal float64 matrix ``[size, size]``: a product of random reflections.
 
     With ``fix_ones`` every reflection is orthogonal to the vector of ones, which the product then leaves in place.
