@@ -141,7 +141,7 @@ def methods() -> dict[str, methods_table.Method]:
 def _packed_names(model: nn.Module, verb: str) -> list[str]:
     from hfq.layers import swap
 
-    names = list(swap.describe(model)["layers"])
+    names = list(swap.packed_modules(model))
     if not names:
         raise ConfigError(f"{type(model).__name__} has no packed layers: there is nothing to {verb}")
     return names
@@ -224,7 +224,10 @@ def _finish(model: nn.Module, config: HfqConfig, report: Report) -> None:
 
     config.manifest = swap.describe(model)
     swap.freeze(model)
-    swap.prepare(model)
+    if config.torch_compute_dtype is not None:
+        for module in swap.packed_modules(model).values():
+            module.compute_dtype = config.torch_compute_dtype
+    swap.prepare(model, config.cpu_memory)
 
 
 def _record(model: nn.Module, config: HfqConfig, report: Report) -> None:

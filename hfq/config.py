@@ -15,10 +15,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfq.errors import CheckpointError, ConfigError
-from hfq.fields import accepts, allowed, did_you_mean, in_range, option, plain, type_hints
+from hfq.fields import QuantMethodName, accepts, allowed, did_you_mean, in_range, option, plain, type_hints
 from hfq.formats.spec import QuantSpec
 from hfq.graph import select
 
@@ -34,14 +35,6 @@ _LOADER_KEYS = frozenset({"_load_in_4bit", "_load_in_8bit", "load_in_4bit", "loa
 _SPEC_FIELDS = ("bits", "group_size", "symmetric", "zero_point", "scale_dtype")
 
 
-class QuantMethodName(str):
-    """A string with ``.value``: transformers compares the method with ``==``, diffusers reads ``.value``."""
-
-    @property
-    def value(self) -> str:
-        return str(self)
-
-
 QUANT_METHOD = QuantMethodName("hfq")
 
 
@@ -49,8 +42,7 @@ QUANT_METHOD = QuantMethodName("hfq")
 class HfqConfig(QuantizationConfigMixin):
     """Base of every method's Config; ``HfqConfig(method="rtn", ...)`` gives an instance of that method's class.
 
-    A method's class sets ``method = "<slug>"`` (without annotation), the ``supports_...`` flags, and adds its
-    hyper-parameters as fields made with :func:`option`.
+    A method's class sets ``method = "<slug>"`` (no annotation) and the flags, and adds fields made with :func:`option`.
 
     Args:
         bits: width of a weight code, 1 to 8; 16 leaves weights as they are.
@@ -59,18 +51,18 @@ class HfqConfig(QuantizationConfigMixin):
         activation_bits, kv_bits: width of activations and of the key-value cache; 16 is off.
         modules_to_not_convert: names or patterns of modules to leave alone, besides hfq's own rule (output heads,
             tied embeddings).
-        overrides: ``{pattern: {field: value}}`` by qualified module name; later patterns win. ``{"bits": 16}`` leaves
-            a module alone; naming an output head with other bits quantizes it.
+        overrides: ``{pattern: {field: value}}`` by module name; later patterns win. ``{"bits": 16}`` leaves a module
+            alone; naming an output head with other bits quantizes it.
         compute_dtype: dtype of the products; ``None`` follows the input.
-        calibration: texts, tensors, dicts, a dataset, a loader, a callable, a file or a Hub id.
-        calibration_samples, calibration_seqlen, calibration_batch_size, text_column: how the data is read.
+        calibration: texts, tensors, dicts, a dataset, a loader, a callable, a file or a Hub id; the fields
+            ``calibration_...`` and ``text_column`` say how it is read.
         processor: tokenizer or processor, or the id of one; ``None`` takes the model's.
         seed: of everything random.
         allow_partial: modules that could not be done are reported instead of raised.
         cpu_memory: "compact" keeps only codes in memory on CPU, "cached" keeps an expanded copy for speed.
         dequantize: when loading a packed checkpoint, give back a float model.
         work_dir: folder of the progress files; a run that finds some continues.
-        progress: whether to show progress bars; not saved.
+        progress: show progress bars.
     """
 
     supports_activation_bits: ClassVar[bool] = False
@@ -174,11 +166,8 @@ class HfqConfig(QuantizationConfigMixin):
 
     def override_for(self, name: str) -> dict[str, Any]:
         """Merged ``overrides`` of the module ``name``: patterns of ``hfq.graph.select``, later ones win."""
-        merged: dict[str, Any] = {}
-        for pattern, values in self.overrides.items():
-            if select.matches(name, pattern):
-                merged.update(values)
-        return merged
+        found = [values for pattern, values in self.overrides.items() if select.matches(name, pattern)]
+        return {key: value for values in found for key, value in values.items()}
 
     def value_for(self, name: str, option_name: str) -> Any:
         """Value of a field for the module ``name``, after overrides."""
@@ -214,6 +203,17 @@ class HfqConfig(QuantizationConfigMixin):
                 plan.skipped[name] = "16 bits: left as it is"
         return plan
 
+    def traced_plan(self, model: Any, data: Any) -> Any:
+        """:meth:`plan` in execution order, grouped by input: from one forward pass of the first sample of ``data``."""
+        from hfq.calibration import capture
+        from hfq.graph import trace
+
+        plan = self.plan(model)
+        sample = {key: value[:1] if hasattr(value, "shape") and value.ndim else value for key, value in data[0].items()}
+        with capture.quiet(model):
+            trace.order_groups(plan, lambda: capture.forward(model, sample))
+        return plan
+
     def placement(self, module: Any) -> AbstractContextManager[Any]:
         """Context in which ``module`` is materialised on its device, wherever it is kept (used by recipes)."""
         place = getattr(self._environment, "placement", None)
@@ -231,16 +231,19 @@ class HfqConfig(QuantizationConfigMixin):
 
     data = property(lambda self: self._data, doc="The calibration data as given (object, path or Hub id), or ``None``.")
     @property
-    def torch_compute_dtype(self) -> Any:
-        """``compute_dtype`` as a torch dtype, or ``None``."""
-        import torch
-
+    def torch_compute_dtype(self) -> torch.dtype | None:
+        """``compute_dtype`` as a torch dtype."""
         return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Options that a user may set anew when loading a packed checkpoint (only those that are not default)."""
         defaults = {"compute_dtype": None, "cpu_memory": "compact", "dequantize": False}
         return {key: getattr(self, key) for key, default in defaults.items() if getattr(self, key) != default}
+
+    def check_manifest(self) -> None:
+        """Raise :class:`CheckpointError` unless this config was read from a packed checkpoint."""
+        if not isinstance(self.manifest, Mapping) or not isinstance(self.manifest.get("layers"), Mapping):
+            raise CheckpointError("config.json has an hfq config without 'manifest' and its 'layers': it is damaged")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary of the saved fields and, once quantized, of the record of the packed layers."""
@@ -252,12 +255,10 @@ class HfqConfig(QuantizationConfigMixin):
                 result[f.name] = plain(getattr(self, f.name))
         if isinstance(self.calibration, (str, os.PathLike)) and os.path.exists(self.calibration):
             result["calibration"] = None  # a path of this machine means nothing elsewhere: the summary has a descriptor
-        result |= {"quant_method": str(QUANT_METHOD), "format_version": self.format_version,
-                   "hfq_version": self.hfq_version or __version__}
-        for name in ("manifest", "summary"):
-            if getattr(self, name) is not None:
-                result[name] = plain(getattr(self, name))
-        return result
+        version = self.hfq_version or __version__
+        result |= {"quant_method": str(QUANT_METHOD), "format_version": self.format_version, "hfq_version": version}
+        records = {"manifest": self.manifest, "summary": self.summary}
+        return result | {name: plain(record) for name, record in records.items() if record is not None}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
@@ -321,8 +322,8 @@ class HfqConfig(QuantizationConfigMixin):
         """Copies the fields; data, processors and run options are shared (a generator cannot be copied)."""
         shared = {f.name for f in fields(self) if not f.metadata.get("saved", True)}
         clone = object.__new__(type(self))
-        for key, value in self.__dict__.items():
-            clone.__dict__[key] = value if key.startswith("_") or key in shared else copy.deepcopy(value, memo)
+        for key, value in vars(self).items():
+            vars(clone)[key] = value if key.startswith("_") or key in shared else copy.deepcopy(value, memo)
         return clone
 
 

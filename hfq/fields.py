@@ -13,7 +13,7 @@ from dataclasses import field
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["accepts", "allowed", "did_you_mean", "in_range", "option", "plain", "type_hints"]
+__all__ = ["QuantMethodName", "accepts", "allowed", "did_you_mean", "in_range", "option", "plain", "type_hints"]
 
 _NAMES = {bool: "True or False", int: "an integer", float: "a finite number", str: "a string", type(None): "None"}
 
@@ -34,6 +34,14 @@ def option(default: Any, *, range: tuple[float, float] | None = None, choices: S
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata, repr=saved)
     return field(default=default, metadata=metadata, repr=saved)
+
+
+class QuantMethodName(str):
+    """A string with ``.value``: transformers compares the method with ``==``, diffusers reads ``.value``."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
 
 
 @cache

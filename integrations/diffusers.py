@@ -39,8 +39,7 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         if self.pre_quantized:
-            if not isinstance(config.manifest, dict):
-                raise CheckpointError("config.json has an hfq config without 'manifest': it was not written by hfq")
+            config.check_manifest()
         elif config.dequantize:
             raise ConfigError("dequantize=True gives a packed checkpoint back as floats: this checkpoint is not packed")
         elif config.needs_calibration and config.data is None:
@@ -57,11 +56,10 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             return
         from hfq.integrations import guard
-
         from hfq.layers import swap
 
         self._header = guard.header(self._files)
-        swap.build_empty(model, guard.localise(self.quantization_config.manifest or {}, model))
+        swap.build_empty(model, self.quantization_config.manifest or {})
         expected = guard.packed_tensors(model)
         self._packed = {name: tensor.dtype for name, tensor in expected.items()}
         if self._files:
@@ -87,9 +85,8 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
-            from hfq.integrations.registration import install_environment
-
             from hfq import api
+            from hfq.integrations.registration import install_environment
 
             install_environment()
             model.eval()
@@ -101,12 +98,8 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
         from hfq.report import Report
 
         swap.freeze(model)
-        swap.check_codes(model)
-        if self.quantization_config.dequantize:
-            swap.dequantize_modules(model)
-            _drop_config(model)
-            return
-        swap.prepare(model)
+        swap.check(model)
+        swap.prepare(model, self.quantization_config.cpu_memory)
         if "hfq_report" in self._header:
             model.hfq_report = self._report = Report.from_dict(json.loads(self._header["hfq_report"]))
 

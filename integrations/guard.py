@@ -15,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from hfq.errors import CheckpointError
+from hfq.layers.online import Hadamard, StreamRotation
+from hfq.layers.packed import PackedModule
 
 __all__ = [
-    "PackedRename", "add_rename", "check_files", "disk_leaf", "drop_rename", "header", "localise", "packed_tensors",
+    "PackedRename", "add_rename", "check_files", "disk_leaf", "drop_rename", "header", "packed_tensors",
 ]
 
 
@@ -74,10 +76,13 @@ class PackedRename(WeightRenaming):
 
 
 def packed_tensors(model: Any) -> dict[str, Any]:
-    """Every tensor of every packed layer of a model that is still on meta, by its name in memory."""
-    state = model.state_dict()
-    modules = {name.rpartition(".")[0] for name in state if name.endswith("qweight")}
-    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in modules}
+    """Every tensor of every packed layer, rotation and online transform, by its name in memory."""
+    parts = (PackedModule, StreamRotation, Hadamard)
+    return {
+        f"{name}.{leaf}": parameter
+        for name, module in model.named_modules() if isinstance(module, parts)
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def add_rename(model: Any, modules: Iterable[str]) -> None:
@@ -98,39 +103,6 @@ def drop_rename(model: Any) -> None:
     """Undo :func:`add_rename`, for a model whose layers are float again."""
     conversions = getattr(model, "_weight_conversions", None) or []
     model._weight_conversions = [c for c in conversions if not isinstance(c, PackedRename)]
-
-
-def localise(manifest: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The manifest with the names of ``model``, which may be the bare backbone of the saved model, or hold it.
-
-    Raises:
-        CheckpointError: a name has no module, and ``model`` is of the class that was saved.
-    """
-    layers = manifest.get("layers")
-    if not isinstance(layers, Mapping):
-        raise CheckpointError("the manifest of the quantization config has no table 'layers': the config is damaged")
-    present = {name for name, _ in model.named_modules()}
-    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
-
-    def local(name: str) -> str | None:
-        candidates = (name, name.removeprefix(prefix) if name.startswith(prefix) else name, prefix + name)
-        return next((candidate for candidate in candidates if candidate in present), None)
-
-    names = {name: local(name) for name in layers}
-    lost = [name for name, found in names.items() if found is None]
-    saved_as = getattr(model.config, "architectures", None) or [type(model).__name__]
-    if lost and (type(model).__name__ in saved_as or len(lost) == len(names)):
-        raise CheckpointError(f"the quantization config names {lost[:3]}: {type(model).__name__} has no such layers")
-
-    def renamed(value: Any) -> Any:
-        if isinstance(value, str):
-            return local(value) or value
-        if isinstance(value, Mapping):
-            return {key: renamed(item) for key, item in value.items()}
-        return [renamed(item) for item in value] if isinstance(value, list) else value
-
-    result = {key: renamed(value) for key, value in manifest.items() if key != "layers"}
-    return result | {"layers": {names[name]: entry for name, entry in layers.items() if names[name] is not None}}
 
 
 @contextmanager

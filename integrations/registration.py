@@ -13,10 +13,10 @@ __all__ = ["install_environment", "register_diffusers", "register_peft", "regist
 
 def register_transformers() -> None:
     """Enter ``"hfq"`` in transformers' tables of configs and quantizers. Idempotent."""
-    from hfq.integrations.transformers import HfqHfQuantizer
     from transformers.quantizers import auto
 
     from hfq.config import QUANT_METHOD, HfqConfig
+    from hfq.integrations.transformers import HfqHfQuantizer
 
     # Direct entries: the decorators refuse a name that exists, which a reloaded hfq would meet.
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[str(QUANT_METHOD)] = HfqConfig
@@ -28,9 +28,9 @@ def register_transformers() -> None:
 def register_diffusers() -> None:
     """Enter ``"hfq"`` in diffusers' two dictionaries. Idempotent."""
     from diffusers.quantizers import auto
-    from hfq.integrations.diffusers import HfqDiffusersQuantizer
 
     from hfq.config import QUANT_METHOD, HfqConfig
+    from hfq.integrations.diffusers import HfqDiffusersQuantizer
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[str(QUANT_METHOD)] = HfqConfig
     auto.AUTO_QUANTIZER_MAPPING[str(QUANT_METHOD)] = HfqDiffusersQuantizer
@@ -44,9 +44,8 @@ def register_peft() -> None:
 
 def install_environment() -> None:
     """Give ``hfq.api`` what it needs from the libraries: placement, tokenizers, data sets, progress bars."""
-    from hfq.integrations import environment
-
     from hfq import api
+    from hfq.integrations import environment
 
     if api.environment().attach is None:
         api.install(environment.make())

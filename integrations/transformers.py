@@ -13,7 +13,7 @@ import torch
 from transformers.quantizers import HfQuantizer
 
 from hfq.config import HfqConfig
-from hfq.errors import CheckpointError, ConfigError, DataError
+from hfq.errors import ConfigError, DataError
 
 __all__ = ["HfqHfQuantizer", "attach"]
 
@@ -35,8 +35,7 @@ class HfqHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config
         if self.pre_quantized:
-            if not isinstance(config.manifest, dict):
-                raise CheckpointError("config.json has an hfq config without 'manifest': it was not written by hfq")
+            config.check_manifest()
             return
         if config.dequantize:
             raise ConfigError("dequantize=True gives a packed checkpoint back as floats: this checkpoint is not packed")
@@ -48,12 +47,11 @@ class HfqHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return model
         from hfq.integrations import guard
-
         from hfq.layers import swap
 
         self._files = [str(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
         self._header = guard.header(self._files)
-        swap.build_empty(model, guard.localise(self.quantization_config.manifest or {}, model))
+        swap.build_empty(model, self.quantization_config.manifest or {})
         self._model = model
         return model
 
@@ -77,9 +75,8 @@ class HfqHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._finish_packed(model)
         else:
-            from hfq.integrations.registration import install_environment
-
             from hfq import api
+            from hfq.integrations.registration import install_environment
 
             install_environment()
             api.quantize(model, self.quantization_config)
@@ -92,12 +89,12 @@ class HfqHfQuantizer(HfQuantizer):
         from hfq.report import Report
 
         swap.freeze(model)  # the loader made scales and biases trainable
-        swap.check_codes(model)
+        swap.check(model)
         config = self.quantization_config
         if config.dequantize:
             self._dequantize(model)
             return
-        swap.prepare(model)
+        prepare(model, config)
         if "hfq_report" in self._header:
             model.hfq_report = Report.from_dict(json.loads(self._header["hfq_report"]))
 
@@ -120,7 +117,8 @@ class HfqHfQuantizer(HfQuantizer):
         from hfq.layers import swap
 
         # After a save, the model's config holds the name of its dtype.
-        swap.dequantize_modules(model, getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype)
+        dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        swap.dequantize_modules(model, dtype)
         self.forget(model)
         return model
 
@@ -150,6 +148,16 @@ class HfqHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def prepare(model: Any, config: HfqConfig) -> None:
+    """Give every packed layer the compute dtype that was asked for, and the form its kernel computes from."""
+    from hfq.layers import swap
+
+    if config.torch_compute_dtype is not None:
+        for module in swap.packed_modules(model).values():
+            module.compute_dtype = config.torch_compute_dtype
+    swap.prepare(model, config.cpu_memory)
 
 
 def attach(model: Any, config: HfqConfig) -> None:

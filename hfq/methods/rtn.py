@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfq.config import HfqConfig, option
-from hfq.formats import Codes, QuantSpec
 from hfq.report import Report
-from hfq.rounding import nearest
 
-__all__ = ["RTNConfig", "encode", "quantize"]
+__all__ = ["RTNConfig", "quantize"]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -28,38 +26,14 @@ class RTNConfig(HfqConfig):
     clip: str = option("none", choices=("none", "mse", "percentile"), per_module=True)
 
 
-def encode(weight: Any, spec: QuantSpec, config: RTNConfig, name: str) -> Codes:
-    """Codes of one matrix ``[N, K]``; lets a loader quantize tensor by tensor."""
-    return nearest.solve(weight, spec, clip=config.value_for(name, "clip"))
-
-
 def quantize(model: Any, data: Any, config: RTNConfig, report: Report) -> None:
     """Replace every asked site of ``model`` by its packed layer, in place."""
+    from hfq.reconstruction.direct import pack_nearest
+
     plan = config.plan(model)
-    for block in plan.blocks:
-        with config.placement(block.module):
-            for site in block.sites:
-                _pack(model, site, config, report)
-    for site in plan.outside:
-        with config.placement(site.module):
-            _pack(model, site, config, report)
-
-
-def _pack(model: Any, site: Any, config: RTNConfig, report: Report) -> None:
-    from hfq.layers import swap
-
-    spec = config.spec_for(site.name)
-    asked = spec.to_dict()
-    if site.kind == "experts":
-        codes = {
-            param: [encode(expert, spec, config, site.name) for expert in getattr(site.module, param).detach()]
-            for param in site.tensors
-        }
-        swap.swap_experts(model, site.name, codes, report, asked=asked)
-    elif site.kind in ("linear", "transposed", "embedding"):
-        weight = site.weight.detach()
-        codes = encode(weight.t() if site.kind == "transposed" else weight, spec, config, site.name)
-        swap.swap(model, site.name, codes, report, asked=asked)
-    else:
-        reason = f"no packed layer for sites of kind {site.kind!r}"
-        report.refuse(site.name, reason, kind=site.kind, asked=asked, numel=site.numel)
+    places = [(block.module, block.sites) for block in plan.blocks] + [(site.module, [site]) for site in plan.outside]
+    for module, sites in places:
+        with config.placement(module):
+            for site in sites:
+                clip = config.value_for(site.name, "clip")
+                pack_nearest(model, site, config.spec_for(site.name), report, clip=clip)

