@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from hfq.graph.trace import BlockCall, keep
@@ -32,6 +33,23 @@ class _Double(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _GroupedProducts(TorchDispatchMode):
+    """Grouped products exist for lower precisions only: one product a group."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.name != "aten::_grouped_mm" or args[0].dtype != torch.float64:
+            return func(*args, **kwargs)
+        rows, weights = args[:2]
+        ends = (args[2] if len(args) > 2 else kwargs["offs"]).tolist()
+        if rows.dim() != 2 or weights.dim() != 3:
+            raise NotImplementedError("a grouped product of other shapes than [rows, k] and [groups, k, n]")
+        out = rows.new_zeros(rows.shape[0], weights.shape[-1])
+        for group, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            out[start:end] = rows[start:end] @ weights[group]
+        return out
+
+
 def _is_lower(argument: Any) -> bool:
     return isinstance(argument, torch.dtype) and argument in _LOWER
 
@@ -42,7 +60,7 @@ def double_precision() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _Double():
+        with torch.no_grad(), warnings.catch_warnings(), _GroupedProducts(), _Double():
             warnings.simplefilter("ignore")
             yield
     finally:

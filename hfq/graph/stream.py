@@ -21,8 +21,10 @@ __all__ = ["BlockStream", "block_stream", "entry_of", "taps"]
 class _Rotation(Flow):
     """Follows a tensor that is rotated as a whole along its last axis: what is not linear in whole rows stops it."""
 
-    def __init__(self, trace: Trace, width: int) -> None:
+    def __init__(self, trace: Trace, width: int, entry: Value) -> None:
         super().__init__(trace, width)
+        self.entry = entry
+        self.seed(entry)
         self.norms: list[str] = []
         self.centred = False
         self.demands: list[tuple[Node, Value]] = []
@@ -73,6 +75,8 @@ class _Rotation(Flow):
         self.put(node, self.shadows[node.inputs[0]])
 
     def leave(self, value: Value, shadow: torch.Tensor) -> None:
+        if value is self.entry:
+            return  # another reader of the stream before this block: `taps` looks at it
         if not self.is_whole(shadow):
             self.kill(shadow, "a part of the stream leaves the block", None)
         self.out.append(value)
@@ -123,8 +127,7 @@ def block_stream(plan: Plan, trace: Trace, call: BlockCall, norms: dict[str, Nor
     found = BlockStream(call.block, entry.shape[-1])
     writers: dict[tuple[str, str], Source] = {}
     for _ in range(len(sources) + 2):
-        flow = _Rotation(trace, found.width)
-        flow.seed(entry)
+        flow = _Rotation(trace, found.width, entry)
         for writer in writers.values():
             for value, axis in writer.outputs:
                 flow.seed(value, axis)

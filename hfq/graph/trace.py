@@ -238,6 +238,9 @@ class _Recorder(TorchDispatchMode):
         if self._opaque or not self._stack:
             return func(*args, **kwargs)
         node = self._node("op", func._schema.name.split("::")[-1], args, kwargs, func)
+        if func._schema.is_mutable:
+            for value in node.inputs:  # what an integer tensor held before it is written
+                value.data = None if value.data is None else value.data.clone()
         output = func(*args, **kwargs)
         if func._schema.is_mutable:
             self._mutate(node, func, args, kwargs)
@@ -250,13 +253,12 @@ class _Recorder(TorchDispatchMode):
                    for i, argument in enumerate(func._schema.arguments)
                    if argument.alias_info is not None and argument.alias_info.is_write]
         for tensor in _tensors(written):
-            before = self.value(tensor)
             memory = tensor.untyped_storage()._cdata
             for other in list(self._values.keys()):
                 if other is not tensor and _memory(other) == memory:
                     stale = self._node("op", "write through an alias", (other, tensor), {}, None)
                     self._outputs(stale, other)
-            self._values[tensor] = Value(before.shape, before.dtype, node)
+            self._values[tensor] = self._new(tensor, node)
             node.outputs.append(self._values[tensor])
 
     def _node(self, kind: str, op: str, args: Any, kwargs: Any, function: Any) -> Node:
