@@ -343,7 +343,8 @@ def format_table(rows: Sequence[Row], device: str = "cpu") -> str:
     """One line a case, after a line that names the machine and the baseline."""
     where = about(device)
     head = (f"{'op':<6} {'bits':>4} {'group':>5} {'M':>5} {'N':>6} {'K':>6} {'dtype':<9} {'backend':<17} "
-            f"{'config':<10} {'held':>5} {'us':>9} {'base_us':>9} {'ratio':>6} {'wall':>6} {'error':>8} {'target':>6} ok")
+            f"{'config':<10} {'held':>5} {'us':>9} {'base_us':>9} {'ratio':>6} {'wall':>6} {'error':>8} "
+            f"{'target':>6} ok")
     lines = [", ".join(f"{key} {value}" for key, value in where.items()), head]
     for r in rows:
         text = (f"{r.op:<6} {r.bits:>4} {r.group:>5} {r.M:>5} {r.N:>6} {r.K:>6} {r.dtype:<9} {r.backend:<17} "

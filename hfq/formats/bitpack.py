@@ -7,6 +7,8 @@ whole byte. Packing is independent of every kernel.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from hfq.errors import CheckpointError
@@ -39,14 +41,25 @@ def _pack_plane(codes: torch.Tensor, width: int) -> torch.Tensor:
     return out
 
 
+# Spreading the fields of a byte over the bytes of a word: (shift, mask) steps, each of which halves the distance to go.
+_SPREAD: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
+    4: (torch.int16, ((4, 0x0F0F),)),
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
+}
+
+
 def _unpack_plane(packed: torch.Tensor, width: int, length: int) -> torch.Tensor:
     if width == 8:
         return packed[..., :length]
-    per_byte, mask = 8 // width, (1 << width) - 1
-    out = torch.empty(*packed.shape, per_byte, dtype=torch.uint8, device=packed.device)
-    for i in range(per_byte):
-        torch.bitwise_and(packed >> (i * width), mask, out=out[..., i])
-    return out.flatten(-2)[..., :length]
+    dtype, steps = _SPREAD[width]
+    words = packed.contiguous().to(dtype)
+    for shift, mask in steps:
+        words = (words << shift).bitwise_or_(words).bitwise_and_(mask)
+    out = words.view(torch.uint8)
+    if sys.byteorder == "big":
+        out = out.unflatten(-1, (-1, 8 // width)).flip(-1).flatten(-2)
+    return out[..., :length]
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

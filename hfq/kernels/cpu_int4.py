@@ -306,7 +306,8 @@ def _slab(
     if ratio != 1.0:
         scale, shift = scale * ratio, shift * ratio
     out = scratch("slab", (geo.K, width), dtype)
-    step = max(CHUNK_K // geo.group, 1) * geo.group
+    parts = max(round(geo.K / CHUNK_K), 1)
+    step = -(-groups // parts) * geo.group
     for k in range(0, geo.K, step):
         rows = min(step, geo.K - k)
         codes = _slab_codes(tensors["low"], geo, start, blocks, k, rows, "low")

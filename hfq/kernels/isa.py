@@ -68,7 +68,7 @@ class Thresholds:
 
 
 THRESHOLDS = {
-    "amx": Thresholds(int4=40, nibbles=24, int8=8, copy4=8, copy8=4),
+    "amx": Thresholds(int4=48, nibbles=36, int8=16, copy4=8, copy8=6),
     "avx512_bf16": Thresholds(int4=40, nibbles=24, int8=16, copy4=24, copy8=16),
     "avx512": Thresholds(int4=56, nibbles=24, int8=24, copy4=32, copy8=24),
     "avx2": Thresholds(int4=56, nibbles=24, int8=24, copy4=32, copy8=24),
