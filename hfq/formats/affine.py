@@ -11,10 +11,18 @@ import torch
 from hfq.errors import QuantizationError
 from hfq.formats.spec import PER_TENSOR, Codes, QuantSpec
 
-__all__ = ["SMALLEST_SCALE", "decode", "dequantize", "encode", "expand", "fake", "fit", "fit_range", "grouped", "quantize"]
+__all__ = [
+    "SMALLEST_SCALE", "decode", "dequantize", "encode", "expand", "fake", "fit", "fit_range", "grouped", "quantize",
+    "smallest_scale",
+]  # fmt: skip
 
 # The smallest normal float16: below it a stored scale loses precision, and zero would divide by zero.
 SMALLEST_SCALE = 2.0**-14
+
+
+def smallest_scale(spec: QuantSpec) -> float:
+    """The least scale that the grid can store in full precision, with room for ``1 / scale`` and for products."""
+    return SMALLEST_SCALE if spec.torch_scale_dtype == torch.float16 else 2.0**-100
 
 
 def grouped(x: torch.Tensor, spec: QuantSpec, pad: float = 0.0) -> torch.Tensor:
@@ -49,13 +57,12 @@ def fit_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[t
     ``(high - low) / (2**bits - 1)``. A group that is all zero gets scale 1, so that its codes decode to exact zeros.
     """
     dtype = spec.torch_scale_dtype
-    if spec.symmetric:
-        scale = torch.maximum(-low, high) / max(spec.middle - 1, 1)
-    else:
-        scale = (high - low) / spec.max_code
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=SMALLEST_SCALE)).to(dtype)
+    reach = torch.maximum(-low, high) if spec.symmetric else high - low
+    scale = reach / (max(spec.middle - 1, 1) if spec.symmetric else spec.max_code)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=smallest_scale(spec))).to(dtype)
     if not torch.isfinite(scale).all():
-        raise QuantizationError(f"a scale of {float(high.max() - low.min()):.3g} does not fit {spec.scale_dtype}: use scale_dtype='float32'")
+        largest = float(reach.max())
+        raise QuantizationError(f"a range of {largest:.3g} does not fit {spec.scale_dtype} scales: use 'float32'")
     if spec.symmetric:
         return scale, None
     zero = -low / scale.to(low.dtype)
@@ -65,7 +72,13 @@ def fit_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[t
 
 
 def fit(w: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Min-max grid of each group of ``w`` ``[rows, in_features]``: ``(scale, zero_point)``."""
+    """Min-max grid of each group of ``w`` ``[rows, in_features]``: ``(scale, zero_point)``.
+
+    Raises:
+        QuantizationError: ``w`` is not a non-empty matrix, is not finite, or a scale does not fit its dtype.
+    """
+    if w.dim() != 2 or not w.numel():
+        raise QuantizationError(f"a tensor of shape {tuple(w.shape)}: a non-empty matrix [rows, in_features] is needed")
     if not torch.isfinite(w).all():
         raise QuantizationError("the tensor to quantize has NaN or infinite elements")
     return fit_range(*extremes(w.detach().float(), spec), spec)
@@ -80,7 +93,7 @@ def _element_grid(
 
 
 def encode(w: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, spec: QuantSpec) -> torch.Tensor:
-    """Codes (uint8) of the nearest grid points; halves round to even."""
+    """Codes (uint8) of the nearest grid points of a finite ``w`` ``[rows, in_features]``; halves round to even."""
     dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
     s, z = _element_grid(scale, zero_point, w.shape[-1], spec, dtype)
     # An integer zero point is added after rounding, as the integer kernels do; a fractional one shifts the grid itself.
@@ -92,9 +105,10 @@ def decode(
     codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, spec: QuantSpec,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """``scale * (code - zero_point)`` in ``dtype``."""
-    s, z = _element_grid(scale, zero_point, codes.shape[-1], spec, dtype)
-    return (codes.to(dtype) - z) * s
+    """``scale * (code - zero_point)``, computed in float32 (float64 if asked for) and rounded once to ``dtype``."""
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    s, z = _element_grid(scale, zero_point, codes.shape[-1], spec, working)
+    return (codes.to(working) - z).mul_(s).to(dtype)
 
 
 def fake(w: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, spec: QuantSpec) -> torch.Tensor:

@@ -66,7 +66,7 @@ class QuantSpec:
         return in_features if self.group_size <= 0 else min(self.group_size, in_features)
 
     def groups(self, in_features: int) -> int:
-        """Number of scales along a row of ``in_features`` elements."""
+        """Number of scales along a row of ``in_features`` elements (at least one element)."""
         return -(-in_features // self.group_length(in_features))
 
     def parameter_shape(self, rows: int, in_features: int) -> tuple[int, int]:
@@ -83,7 +83,8 @@ class QuantSpec:
     def from_dict(cls, data: dict[str, Any]) -> QuantSpec:
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
-            raise ConfigError(f"unknown fields {sorted(unknown)} of a weight format; known: {sorted(cls.__dataclass_fields__)}")
+            known = sorted(cls.__dataclass_fields__)
+            raise ConfigError(f"unknown fields {sorted(unknown)} of a weight format; known: {known}")
         return cls(**data)
 
 
