@@ -38,6 +38,7 @@ class Site:
         numel: weights, biases not counted.
         tensors: names of the weight parameters ("weight"; for experts the 3-D parameters).
         executed: ``False`` when a traced forward pass did not reach it, ``None`` before tracing.
+        bypassed: the traced pass read the weight without calling the module, so hooks on it see nothing.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Site:
     numel: int
     tensors: tuple[str, ...] = ("weight",)
     executed: bool | None = None
+    bypassed: bool = False
 
     @property
     def weight(self) -> torch.Tensor:

@@ -142,6 +142,7 @@ def order_groups(plan: Plan, call: Callable[[], Any] | Trace) -> Trace:
     order = {name: position for position, name in enumerate(trace.reads)}
     for site in plan.every_site:
         site.executed = site.name in order
+        site.bypassed = site.executed and not trace.reads[site.name]
     for block in plan.blocks:
         block.sites.sort(key=lambda site: order.get(site.name, len(order)))
         groups: dict[int | str, list[Site]] = {}
