@@ -26,7 +26,7 @@ from hfq.graph import select
 from hfq.memory import PeakMemory
 from hfq.report import Report
 
-__all__ = ["Environment", "dequantize", "environment", "explain", "install", "methods", "quantize"]
+__all__ = ["Environment", "dequantize", "environment", "explain", "install", "methods", "prepare", "quantize"]
 
 
 @dataclass
@@ -88,25 +88,27 @@ def quantize(model: nn.Module, config: HfqConfig, data: Any = None) -> Report:
     """
     config.validate()
     _check_model(model, config)
+    started, memory = time.perf_counter(), PeakMemory()
     place = None if _ENVIRONMENT.placement is None else _ENVIRONMENT.placement(model)
     config._environment = replace(_ENVIRONMENT, placement=place)
-    started, memory = time.perf_counter(), PeakMemory()
-    with memory, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        asked = _asked_sites(model, config)
-        batches = _batches(model, config, config.data if data is None else data)
-        report = Report(method=config.method)
-        for name, reason in asked.skipped.items():
-            report.leave(name, reason)
-        methods_table.recipe(config.method)(model, batches, config, report)
+    try:
+        with memory, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            asked = _asked_sites(model, config)
+            batches = _batches(model, config, config.data if data is None else data)
+            report = Report(method=config.method)
+            for name, reason in asked.skipped.items():
+                report.leave(name, reason)
+            methods_table.recipe(config.method)(model, batches, config, report)
+    finally:
+        config._environment = None
     _check_report(report, asked.names, config)
-    _finish(model, config, report)
+    prepare(model, config)
     report.totals |= {
         "seconds": round(time.perf_counter() - started, 3),
         "peak_memory_bytes": memory.peak,
         "bits_per_weight": report.bits_per_weight(),
-        "packed_bytes": _packed_bytes(model, report),
-        "model_bytes": sum(t.nbytes for t in {*model.parameters(), *model.buffers()}),
+        "packed_bytes": round(sum(row.bits * row.numel for row in report.packed if row.bits) / 8),
         "seed": config.seed,
         "data": getattr(batches, "descriptor", None),
         "versions": _versions(),
@@ -199,11 +201,10 @@ def _batches(model: nn.Module, config: HfqConfig, data: Any) -> Any:
 
 
 def _accepted(model: nn.Module) -> list[str] | None:
-    """Argument names of the model's forward; ``None`` if it takes any."""
+    """Argument names of the model's forward; ``None`` if it takes any, or names its input in its own way."""
     parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters) and len(parameters) <= 2:
-        return None
-    return [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return names if {"input_ids", "pixel_values"} & set(names) else None
 
 
 def _check_report(report: Report, asked: list[str], config: HfqConfig) -> None:
@@ -219,19 +220,22 @@ def _check_report(report: Report, asked: list[str], config: HfqConfig) -> None:
         )
 
 
-def _finish(model: nn.Module, config: HfqConfig, report: Report) -> None:
+def prepare(model: nn.Module, config: HfqConfig) -> None:
+    """Give every packed layer the compute dtype that was asked for, and the form that its kernel computes from."""
     from hfq.layers import swap
 
-    config.manifest = swap.describe(model)
     swap.freeze(model)
     if config.torch_compute_dtype is not None:
         for module in swap.packed_modules(model).values():
             module.compute_dtype = config.torch_compute_dtype
-    swap.prepare(model, config.cpu_memory)
+    swap.prepare(model, config.cpu_memory)  # type: ignore[arg-type]
 
 
 def _record(model: nn.Module, config: HfqConfig, report: Report) -> None:
     """Put the outcome where saving finds it."""
+    from hfq.layers import swap
+
+    config.manifest = swap.describe(model)
     totals = report.totals
     counts = {status: sum(row.status == status for row in report) for status in ("packed", "float", "refused")}
     config.summary = {
@@ -239,14 +243,9 @@ def _record(model: nn.Module, config: HfqConfig, report: Report) -> None:
         "peak_memory_bytes": totals["peak_memory_bytes"], "packed_bytes": totals["packed_bytes"],
         "data": totals["data"], "versions": totals["versions"],
     }
-    model.hfq_report = report
-    config._environment = None
+    model.hfq_report = report  # type: ignore[assignment]
     if _ENVIRONMENT.attach is not None:
         _ENVIRONMENT.attach(model, config)
-
-
-def _packed_bytes(model: nn.Module, report: Report) -> int:
-    return round(sum(row.bits * row.numel for row in report.packed if row.bits) / 8)
 
 
 def _versions() -> dict[str, str]:

@@ -94,12 +94,12 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
             api.quantize(model, self.quantization_config)
             self.pre_quantized = True
             return
+        from hfq import api
         from hfq.layers import swap
         from hfq.report import Report
 
-        swap.freeze(model)
         swap.check(model)
-        swap.prepare(model, self.quantization_config.cpu_memory)
+        api.prepare(model, self.quantization_config)
         if "hfq_report" in self._header:
             model.hfq_report = self._report = Report.from_dict(json.loads(self._header["hfq_report"]))
 

@@ -85,16 +85,16 @@ class HfqHfQuantizer(HfQuantizer):
         return model
 
     def _finish_packed(self, model: Any) -> None:
+        from hfq import api
         from hfq.layers import swap
         from hfq.report import Report
 
-        swap.freeze(model)  # the loader made scales and biases trainable
         swap.check(model)
         config = self.quantization_config
         if config.dequantize:
             self._dequantize(model)
             return
-        prepare(model, config)
+        api.prepare(model, config)
         if "hfq_report" in self._header:
             model.hfq_report = Report.from_dict(json.loads(self._header["hfq_report"]))
 
@@ -148,16 +148,6 @@ class HfqHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def prepare(model: Any, config: HfqConfig) -> None:
-    """Give every packed layer the compute dtype that was asked for, and the form its kernel computes from."""
-    from hfq.layers import swap
-
-    if config.torch_compute_dtype is not None:
-        for module in swap.packed_modules(model).values():
-            module.compute_dtype = config.torch_compute_dtype
-    swap.prepare(model, config.cpu_memory)
 
 
 def attach(model: Any, config: HfqConfig) -> None:

@@ -1,4 +1,4 @@
-"""Bad input: one clear error for each, and nothing lost. One row a case: what is done, the error, words of its message."""
+"""Bad input: one clear error for each, nothing lost. One row a case: what is done, the error, words of its message."""
 
 from __future__ import annotations
 

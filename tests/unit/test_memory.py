@@ -1,0 +1,32 @@
+"""Peak anonymous memory above the level at entry."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+
+from hfq.memory import PeakMemory, anonymous_bytes
+
+MIB = 1 << 20
+
+pytestmark = pytest.mark.skipif(anonymous_bytes() is None, reason="the system does not tell")
+
+
+def test_a_peak_that_is_gone_at_the_end_is_seen():
+    import time
+
+    with PeakMemory(interval=0.005) as memory:
+        block = torch.ones(64 * MIB, dtype=torch.uint8)
+        time.sleep(0.05)
+        del block
+    assert 60 * MIB < memory.peak < 80 * MIB
+
+
+def test_mapped_files_do_not_count(tmp_path):
+    path = tmp_path / "big"
+    path.write_bytes(b"x" * (64 * MIB))
+    with PeakMemory() as memory, path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        assert sum(view[i] for i in range(0, len(view), 4096)) > 0
+    assert memory.peak < 8 * MIB
