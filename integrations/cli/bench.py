@@ -108,53 +108,61 @@ def _turns(calls: list[Callable[[], Any]], seconds: float, device: str) -> list[
 @bench.command()
 def methods(
     model: str = typer.Argument("demo", help="Float model: folder, Hub id, or demo."),
-    names: str = typer.Option("rtn,gptq", "--methods", "-m", help="Methods, separated by commas."),
-    bits: str = typer.Option("4,3", "--bits", help="Widths."),
+    tables: str = typer.Option("", "--table", "-t", help="Prepared tables, separated by commas: weights, rsq, ..."),
+    names: str = typer.Option("rtn,gptq", "--methods", "-m", help="Without --table: methods, separated by commas."),
+    bits: str = typer.Option("4,3", "--bits", help="Widths of these methods."),
     group_size: int = typer.Option(64, "--group-size", "-g"),
     data: str = typer.Option("demo", "--data", "-d", help="Text for calibration and evaluation."),
-    samples: int = typer.Option(64, "--samples", help="Calibration windows."),
+    samples: int = typer.Option(64, "--samples", help="Calibration windows of these methods."),
+    seqlen: int = typer.Option(512, "--seqlen", help="Tokens a window."),
     windows: int = typer.Option(24, "--windows", help="Windows to evaluate on."),
-    length: int = typer.Option(512, "--length", help="Tokens a window."),
     rescaled: bool = typer.Option(False, "--rescaled", help="On the exactly rescaled model (same function)."),
-    options: list[str] = typer.Option([], "--set", "-s", metavar="[METHOD:]KEY=VALUE", help="Options of the methods."),
-    output: Path = typer.Option(None, "--output", "-o", help="Also write the rows as JSON, after each one."),
+    options: list[str] = typer.Option([], "--set", "-s", metavar="KEY=VALUE", help="Options of the methods."),
+    output: Path = typer.Option(Path("out/bench-methods.json"), "--output", "-o", help="Rows; found ones are kept."),
 ) -> None:
-    """Quantize one model with several methods and widths, and put them in one table.
+    """Quantize one model in several ways, each in its own process, and put them in one table.
 
-    [dim]hfq bench methods demo --methods rtn,gptq,rsq --bits 4,3,2 --output table.json[/]
+    A run that finds rows in the output file measures only what is missing.
+
+    [dim]hfq bench methods demo --table weights,rsq --output out/table.json[/]
+
+    [dim]hfq bench methods demo --methods rtn,gptq --bits 4,3,2 --rescaled[/]
     """
-    import hfq
-    from hfq.evaluation.rescale import rescale
-    from hfq.integrations import measure
+    from hfq.integrations import bench_methods, environment, measure
+
+    if tables:
+        wanted = [name.strip() for name in tables.split(",")]
+        unknown = [name for name in wanted if name not in bench_methods.TABLES]
+        if unknown:
+            raise ConfigError(f"--table {unknown[0]!r}: {', '.join(bench_methods.TABLES)} are the tables")
+        cases = list({case.name: case for name in wanted for case in bench_methods.TABLES[name]}.values())
+    else:
+        cases = _cases(names, _numbers(bits, "--bits"), group_size, samples, seqlen, options, rescaled)
+    text = measure.open_text(data)
+    test = text.windows(measure.load_tokenizer(model), windows, seqlen)
+    rows = bench_methods.run(cases, measure.resolve(model), text.train, test, output, progress=environment.progress)
+    screen.results_table(rows, title=f"{model}; {text.title}; {_where()}")
+    screen.say(f"rows in {output}")
+
+
+def _cases(names: str, widths: list[int], group_size: int, samples: int, seqlen: int, options: list[str],
+           rescaled: bool) -> list[Any]:
+    """The float model and every method at every width; the options are checked before anything runs."""
+    from hfq.integrations.bench_methods import Case
     from hfq.integrations.cli.quantize import options_of
     from hfq.methods import config_class
 
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
-    configs = []
-    for name in chosen:
-        mine = [o for o in options if ":" not in o.partition("=")[0] or o.startswith(f"{name}:")]
-        own = [option.removeprefix(f"{name}:") for option in mine]
-        configs += [
-            config_class(name)(**{"bits": width, "group_size": group_size, "calibration_samples": samples,
-                                  "calibration_seqlen": length, **options_of(own)})
-            for width in _numbers(bits, "--bits")
-        ]
-    text, tokenizer = measure.open_text(data), measure.load_tokenizer(model)
-    test = text.windows(tokenizer, windows, length)
-
-    def fresh() -> Any:
-        loaded = measure.load_model(model, dtype="float32")
-        return rescale(loaded) if rescaled else loaded
-
-    rows = [measure.row("float", fresh(), test)]
-    for config in configs:
-        config._processor = tokenizer
-        loaded = fresh()
-        hfq.quantize(loaded, config, [text.train] if config.needs_calibration else None)
-        rows.append(measure.row(f"{config.method} {config.bits} bit", loaded, test))
-        _write(output, rows)
-        screen.say(f"{rows[-1]['name']}: perplexity {rows[-1]['perplexity']:.3f}")
-    screen.results_table(rows, title=f"{model}{', rescaled' if rescaled else ''}; {text.title}; {_where()}")
+    given, suffix = options_of(options), ", rescaled" if rescaled else ""
+    cases = [Case(f"float{suffix}", rescaled=rescaled)]
+    for method in (name.strip() for name in names.split(",")):
+        cls = config_class(method)
+        calibrated = {"calibration_samples": samples, "calibration_seqlen": seqlen} if cls.needs_calibration else {}
+        for width in widths:
+            chosen = {"bits": width, "group_size": group_size, **calibrated, **given}
+            cls(**chosen)
+            extra = "".join(f", {key}={value}" for key, value in given.items())
+            cases.append(Case(f"{method}, {width} bits{extra}{suffix}", method, chosen, rescaled))
+    return cases
 
 
 def _numbers(text: str, label: str) -> list[int]:

@@ -56,7 +56,7 @@ def quantize(
 
     [dim]hfq quantize demo --method rsq --bits 4 --group-size 64 --data demo --output out/rsq-4bit[/]
 
-    [dim]hfq quantize org/model -m gptq -b 3 -d texts.jsonl -o out/gptq --set act_order=true --resume[/]
+    [dim]hfq quantize org/model -m gptq -b 3 -d texts.jsonl -o out/gptq --set clip=mse --resume[/]
     """
     from hfq.integrations import card, measure, saving
     from hfq.integrations.results import Results
