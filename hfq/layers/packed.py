@@ -182,6 +182,12 @@ class PackedModule(nn.Module):
         codes = affine.encode(matrix, old.scale, old.zero_point, slot.spec)
         self.set_codes(key, Codes(codes, old.scale, old.zero_point, slot.spec))
 
+    def explain(self, M: int = 1, dtype: torch.dtype | None = None) -> list[kernels.Choice]:
+        """Which backend serves ``M`` rows of activations here, and why no other does; nothing without a product."""
+        if not self._has_runtime:
+            return []
+        return kernels.explain(self.operand(next(iter(self.slots))), M, dtype or self.compute_dtype)
+
     # Runtime form
 
     @property

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfq import kernels
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.formats import Codes, affine
 from hfq.layers.deferred import Deferred
@@ -154,10 +153,7 @@ def _relative_error(
 
 
 def _kernel(module: PackedModule) -> str | None:
-    if not module._has_runtime:
-        return "rows"
-    choices = kernels.explain(module.packed(next(iter(module.slots)))[0], 1, module.compute_dtype)
-    return next((choice.backend for choice in choices if choice.chosen), None)
+    return next((choice.backend for choice in module.explain() if choice.chosen), None)
 
 
 def prepare(model: nn.Module, memory: Memory = "compact") -> list[str]:
