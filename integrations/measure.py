@@ -17,10 +17,11 @@ from hfq.evaluation.latency import Speed, speeds
 from hfq.evaluation.memory import disk_bytes
 from hfq.evaluation.perplexity import perplexity
 from hfq.integrations import environment, inputs
+from hfq.integrations.results import Results
 
 __all__ = [
-    "DEMO", "PROTOCOL", "Text", "kernels_used", "load_model", "load_tokenizer", "open_text", "resolve", "row", "sample",
-    "saved_config", "timed_rows",
+    "DEMO", "PROTOCOL", "Text", "kernels_used", "load_model", "load_tokenizer", "open_text", "origin", "resolve", "row",
+    "sample", "saved_config", "timed_rows",
 ]
 
 DEMO = "demo"
@@ -159,6 +160,24 @@ def saved_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """``quantization_config`` of a saved model; empty for a float one."""
     path = Path(folder) / "config.json"
     return json.loads(path.read_text()).get("quantization_config") or {} if path.is_file() else {}
+
+
+def origin(model: str | os.PathLike[str]) -> Results:
+    """Results without numbers: the base model and its licence, as far as they are known for sure.
+
+    The base model is known if ``model`` is a Hub id; the licence if a card lies beside the weights.
+    """
+    if str(model) == DEMO:
+        return Results(base_model=inputs.MODEL_ID, license=inputs.MODEL_FILE.license.lower())
+    if not os.path.exists(model):
+        return Results(base_model=str(model))
+    path = Path(model) / "README.md"
+    if not path.is_file():
+        return Results()
+    from huggingface_hub import ModelCard
+
+    found = ModelCard.load(path).data.get("license")
+    return Results(license=found if isinstance(found, str) else "")
 
 
 def _first_line(error: BaseException) -> str:

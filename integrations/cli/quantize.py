@@ -59,7 +59,6 @@ def quantize(
     [dim]hfq quantize org/model -m gptq -b 3 -d texts.jsonl -o out/gptq --set clip=mse --resume[/]
     """
     from hfq.integrations import card, measure, saving
-    from hfq.integrations.results import Results
     from hfq.methods import config_class
 
     if output.exists() and not output.is_dir():
@@ -84,7 +83,7 @@ def quantize(
     config = cls(**{**common, **given})
     where = {"device_map": device_map} if device_map else {}
     packed = measure.load_model(model, quantization_config=config, dtype=dtype, **where)
-    results = Results(base_model=_hub_id(model), license=_license(model))
+    results = measure.origin(model)
     saving.save(packed, output, overwrite, processor=_processor(model),
                 extra=lambda folder: card.write_card(folder, results=results))
     shutil.rmtree(progress, ignore_errors=True)
@@ -114,29 +113,6 @@ def _processor(model: str) -> Any:
     except DataError:
         screen.warn(f"{model} has no tokenizer: none is saved")
         return None
-
-
-def _hub_id(model: str) -> str:
-    from hfq.integrations import inputs, measure
-
-    if model == measure.DEMO:
-        return inputs.MODEL_ID
-    return "" if Path(model).exists() else model
-
-
-def _license(model: str) -> str:
-    """Licence in the model's own card, if it lies beside it."""
-    from hfq.integrations import inputs, measure
-
-    if model == measure.DEMO:
-        return inputs.MODEL_FILE.license.lower()
-    path = Path(model) / "README.md"
-    if not path.is_file():
-        return ""
-    from huggingface_hub import ModelCard
-
-    found = ModelCard.load(path).data.get("license")
-    return found if isinstance(found, str) else ""
 
 
 def register(app: Any) -> None:

@@ -104,8 +104,8 @@ def test_quantize_with_data_is_what_python_does(files, tmp_path):
     assert saved["act_order"] is True and saved["bits"] == 3
     assert not list(tmp_path.glob(".out*")), "the progress of a finished run is left behind"
     model = AutoModelForCausalLM.from_pretrained(files / "float")
-    config = hfq.GPTQConfig(bits=3, group_size=32, act_order=True, static_groups=True, calibration_samples=4, calibration_seqlen=32,
-                            processor=load_tokenizer(files / "float"))
+    config = hfq.GPTQConfig(bits=3, group_size=32, act_order=True, static_groups=True, calibration_samples=4,
+                            calibration_seqlen=32, processor=load_tokenizer(files / "float"))
     hfq.quantize(model, config, str(files / "text.txt"))
     ids = torch.arange(16)[None]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
