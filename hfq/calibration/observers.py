@@ -56,8 +56,14 @@ class MinMax(Observer):
         return self.low, self.high
 
     def reduce(self) -> None:
-        low, high = self.range()
-        self.low, self.high = -ranks.max_(-low), ranks.max_(high.clone())
+        own = None if self.low is None else tuple(self.low.shape)
+        shapes = [shape for shape in ranks.gather(own) if shape is not None]
+        if not shapes:
+            return
+        # A process without data takes part with what changes nothing.
+        low = torch.full(shapes[0], torch.inf) if self.low is None else self.low.clone()
+        high = torch.full(shapes[0], -torch.inf) if self.high is None else self.high.clone()
+        self.low, self.high = -ranks.max_(-low), ranks.max_(high)
 
 
 class AbsMax(MinMax):
@@ -100,7 +106,10 @@ class Histogram(Observer):
 
     def reduce(self) -> None:
         self.exact.reduce()
-        self._grow(int(ranks.max_(torch.tensor(-(2**30) if self.exponent is None else self.exponent))))
+        exponents = [exponent for exponent in ranks.gather(self.exponent) if exponent is not None]
+        if not exponents:
+            return
+        self._grow(max(exponents))
         ranks.sum_(self.counts)
 
     @property

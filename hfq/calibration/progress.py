@@ -20,6 +20,7 @@ from torch import nn
 from hfq.calibration import ranks
 from hfq.calibration.cache import digest
 from hfq.errors import CheckpointError
+from hfq.layers import swap
 from hfq.report import Report, Row
 
 __all__ = ["Progress", "state_digest"]
@@ -127,18 +128,12 @@ class Progress:
             # safetensors refuses tensors that share memory.
             tensors[key] = flat.clone() if flat.untyped_storage().data_ptr() in seen else flat
             seen.add(flat.untyped_storage().data_ptr())
-        from hfq.layers import swap
-
         inside = [] if report is None else [asdict(row) for row in report if _belongs(row.module, name)]
         curves = {} if report is None else {key: curve for key, curve in report.curves.items() if _belongs(key, name)}
         notes = [] if report is None else report.notes
-        details = {
-            "before": before,
-            "manifest": swap.describe(module),
-            "rows": inside,
-            "curves": curves,
-            "notes": notes,
-        }
+        # Rotations of the stream belong to the stack: the recipe put them there before the walk.
+        manifest = {**swap.describe(module), "rotations": []}
+        details = {"before": before, "manifest": manifest, "rows": inside, "curves": curves, "notes": notes}
         with _atomic(self._path(name)) as temporary:
             save_file(tensors, temporary, metadata={"hfq": json.dumps(details)})
 
@@ -163,9 +158,8 @@ class Progress:
                 "Delete the folder to start over"
             )
         device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        from hfq.layers import swap
-
-        swap.build_empty(module, details["manifest"])
+        for built in swap.build_empty(module, details["manifest"]):
+            module.get_submodule(built).label = f"{name}.{built}"  # type: ignore[assignment]
         assign(module, {key: tensor.to(device) for key, tensor in tensors.items()})
         if report is not None:
             for row in details["rows"]:

@@ -13,6 +13,7 @@ from hfq.calibration import ranks
 from hfq.calibration.cache import ActivationCache, Store, TensorList, leaves
 from hfq.calibration.capture import device_of, first_tensor, to_device
 from hfq.errors import DataError, QuantizationError
+from hfq.layers import swap as layer_swap
 from hfq.report import Report
 
 __all__ = ["Step", "input_rows", "mask_for", "routing"]
@@ -163,8 +164,6 @@ class Step:
 
     def swap(self, site: Any, codes: Any, **options: Any) -> nn.Module:
         """Replace the module of ``site`` (or of the site of this name) by its packed layer; adds the report row."""
-        from hfq.layers import swap as layer_swap
-
         site = self._site(site)
         options.setdefault("tokens", self.tokens.get(site.name))
         new = layer_swap.swap(self.model, site.name, codes, self.report, **options)
@@ -172,8 +171,6 @@ class Step:
 
     def swap_experts(self, site: Any, codes: Mapping[str, Any], **options: Any) -> nn.Module:
         """Replace a bank of experts; ``codes`` holds one list of codes a parameter."""
-        from hfq.layers import swap as layer_swap
-
         site = self._site(site)
         new = layer_swap.swap_experts(self.model, site.name, codes, self.report, **options)
         return self._replaced(site, new)
