@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from hfq.integrations.cli.app import app
 from hfq.integrations.cli.quantize import options_of
+from hfq.integrations.cli.table import markdown
 from hfq.methods import METHODS
 
 TEXT = "\n\n".join(f"Article {i}. The {w} is near the {w} of the town, and the river is {i} miles long."
@@ -75,6 +77,12 @@ def test_methods():
         assert (method.config in output) == method.available
     table = run("methods", "--markdown").output
     assert all(f"| `{slug}` |" in table for slug in METHODS)
+
+
+def test_the_readme_has_this_table():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    table = text.partition("<!-- methods: begin -->")[2].partition("<!-- methods: end -->")[0].strip()
+    assert table == markdown(), "write the output of `hfq methods --markdown` into README.md"
 
 
 def test_version():
