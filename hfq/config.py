@@ -83,7 +83,7 @@ class HfqConfig(QuantizationConfigMixin):
     calibration_samples: int = option(64, range=(1, 1 << 20))
     calibration_seqlen: int = option(512, range=(1, 1 << 20))
     calibration_batch_size: int = option(8, range=(1, 1 << 16))
-    text_column: str = "text"
+    text_column: str | None = None
     processor: Any = None
     seed: int = option(0, range=(0, 2**63 - 1))
     allow_partial: bool = False

@@ -20,6 +20,7 @@ from hfq.layers.packed import PackedModule
 
 __all__ = [
     "PackedRename", "add_rename", "check_files", "disk_leaf", "drop_rename", "header", "packed_tensors",
+    "with_rename",
 ]
 
 
@@ -59,20 +60,22 @@ class PackedRename(WeightRenaming):
         if self.saving:
             new = disk_leaf(leaf) if base in self.modules else None
         else:
-            new = next((self.load[key] for key in self._candidates(source_key) if key in self.load), None)
+            new = next((self.load[key] for key in _candidates(source_key, self.prefix) if key in self.load), None)
         if new is None:
             return source_key, None
         return (f"{base}.{new}" if base else new), self.source_patterns[0]
-
-    def _candidates(self, key: str) -> Iterator[str]:
-        yield key
-        if self.prefix:
-            yield key.removeprefix(f"{self.prefix}.") if key.startswith(f"{self.prefix}.") else f"{self.prefix}.{key}"
 
     def reverse_transform(self) -> PackedRename:
         reverse = PackedRename((), self.prefix, self.modules, not self.saving)
         reverse.load = self.load
         return reverse
+
+
+def _candidates(key: str, prefix: str) -> Iterator[str]:
+    """The key in a model with, and without, ``prefix``."""
+    yield key
+    if prefix:
+        yield key.removeprefix(f"{prefix}.") if key.startswith(f"{prefix}.") else f"{prefix}.{key}"
 
 
 def packed_tensors(model: Any) -> dict[str, Any]:
@@ -85,8 +88,41 @@ def packed_tensors(model: Any) -> dict[str, Any]:
     }
 
 
-def add_rename(model: Any, modules: Iterable[str]) -> None:
-    """Make a live model save the main tensors of ``modules`` under their names on disk."""
+def with_rename(model: Any, conversions: Iterable[Any]) -> list[Any]:
+    """``conversions`` of ``model`` and, at the end, the renaming of its packed layers' main tensors."""
+    names = list(packed_tensors(model))
+    modules = {name.rpartition(".")[0] for name in names}
+    kept = [conversion for conversion in conversions if not isinstance(conversion, PackedRename)]
+    for conversion in kept:
+        if isinstance(conversion, WeightConverter) and any(_touches(conversion, name) for name in names):
+            _spare(conversion, frozenset(names), model.base_model_prefix)
+    return [*kept, PackedRename(names, model.base_model_prefix, modules)]
+
+
+def _touches(conversion: Any, name: str) -> bool:
+    both = (conversion, conversion.reverse_transform())
+    return any(one.compiled_sources.search(name) is not None for one in both)
+
+
+def _spare(conversion: Any, names: frozenset[str], prefix: str) -> None:
+    """Keep a converter away from packed tensors.
+
+    In older transformers (5.17) the pattern of ``experts.gate_up_proj`` also matches ``experts.gate_up_proj_qweight``, and
+    the converter would split the codes into one tensor an expert. The class is changed and not the instance, because
+    the reverse converter is made from the class.
+    """
+    base = type(conversion)
+
+    def rename_source_key(self: Any, source_key: str) -> tuple[str, str | None]:
+        if names.intersection(_candidates(source_key, prefix)):
+            return source_key, None
+        return base.rename_source_key(self, source_key)
+
+    conversion.__class__ = type(base.__name__, (base,), {"__slots__": (), "rename_source_key": rename_source_key})
+
+
+def add_rename(model: Any) -> None:
+    """Make a live model save the main tensors of its packed layers under their names on disk."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         # What saving would fall back to for a model that was not loaded from a checkpoint.
@@ -95,8 +131,7 @@ def add_rename(model: Any, modules: Iterable[str]) -> None:
 
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
-    kept = [conversion for conversion in conversions if not isinstance(conversion, PackedRename)]
-    model._weight_conversions = [*kept, PackedRename((), model.base_model_prefix, modules)]
+    model._weight_conversions = with_rename(model, conversions)
 
 
 def drop_rename(model: Any) -> None:

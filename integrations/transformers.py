@@ -56,18 +56,15 @@ class HfqHfQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        # transformers passes the model since 5.20; it is the one of the hook before.
+        # Not every version passes the model; it is the one of the hook before.
         model = self._model
         if not self.pre_quantized or model is None:
             return weight_conversions
         from hfq.integrations import guard
 
-        expected = guard.packed_tensors(model)
-        modules = {name.rpartition(".")[0] for name in expected}
-        rename = guard.PackedRename(expected, model.base_model_prefix, modules)
-        conversions = [*weight_conversions, rename]
+        conversions = guard.with_rename(model, weight_conversions)
         if self._files:
-            guard.check_files(self._files, expected, conversions, model)
+            guard.check_files(self._files, guard.packed_tensors(model), conversions, model)
             self._files = []
         return conversions
 
@@ -161,5 +158,5 @@ def attach(model: Any, config: HfqConfig) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
-    guard.add_rename(model, (config.manifest or {}).get("layers", {}))
+    guard.add_rename(model)
 

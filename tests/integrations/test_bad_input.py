@@ -260,7 +260,7 @@ CASES: list[tuple[str, Callable[[Bench], Any], type[Exception], str]] = [
         b.floats, quantization_config=hfq.GPTQConfig()), DataError, "GPTQConfig(calibration=...)"),
     ("data empty", lambda b: b.calibrate([]), DataError, "empty"),
     ("data of numbers", lambda b: b.calibrate(7), DataError, "int"),
-    ("data with wrong keys", lambda b: b.calibrate([{"labels_only": "x"}, {"labels_only": "y"}]),
+    ("data with wrong keys", lambda b: b.calibrate([{"labels_only": "x"}] * 9, text_column="body"),
      DataError, "labels_only"),
     ("generator used before", lambda b: b.calibrate(used_generator()), DataError, "used before"),
     ("file that is not there", lambda b: b.calibrate("missing.txt"), DataError, "missing.txt"),
