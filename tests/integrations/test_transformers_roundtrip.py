@@ -116,6 +116,23 @@ def test_experts_with_disk_offload_saved_again(packed, outputs, tmp_path):
     assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), outputs(straight))
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_quantizing_an_offloaded_model(method, floats, outputs, tmp_path):
+    """Same bits as in memory; what was on disk stays there, packed; and it can be saved."""
+    data = torch.arange(64).reshape(4, 16) * 5 % 99
+    options = {"bits": 4, "group_size": 16, "calibration_seqlen": 16, "progress": False}
+    memory, offloaded = (
+        AutoModelForCausalLM.from_pretrained(
+            floats("llama"), quantization_config=HfqConfig(method=method, calibration=data, **options), **where
+        )
+        for where in ({}, {"device_map": DISK, "offload_folder": tmp_path / "off"})
+    )
+    assert sum(p.is_meta for p in offloaded.parameters()) > 20
+    assert torch.equal(outputs(offloaded), outputs(memory))
+    offloaded.save_pretrained(tmp_path / "saved")
+    assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), outputs(memory))
+
+
 def test_headless_and_back(packed, outputs, reference, tmp_path):
     body = AutoModel.from_pretrained(packed("llama"))
     expected = outputs(reference[0].model)
