@@ -15,7 +15,7 @@ from hfq.errors import KernelError
 from hfq.formats import affine, bitpack
 from hfq.kernels import cpu, cpu_int8, dispatch, ops
 from hfq.kernels import cuda as _cuda  # noqa: F401  its rows and layout
-from hfq.kernels.dispatch import FORCED, Choice, table, use
+from hfq.kernels.dispatch import Choice, table, use
 from hfq.kernels.isa import isa
 from hfq.kernels.packed import LAYOUTS, PackedWeight, Runtime
 
@@ -91,13 +91,14 @@ def linear(x: torch.Tensor, weight: PackedWeight | Runtime, bias: torch.Tensor |
         raise KernelError(f"x has {shape[-1]} features, the weight{where} has {runtime.in_features}")
     x2 = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     key = (x2.shape[0], x.dtype)
-    backend = runtime.plan.get(key) if FORCED.get() is None else None
+    forced = dispatch.forced()
+    backend = runtime.plan.get(key) if forced is None else None
     if backend is None:
         if not key[0]:
             return x.new_empty(*shape[:-1], runtime.out_features)
         row = dispatch.choose(dispatch.case_of(runtime, key[0], x.dtype, x.device.type), runtime.name)
         backend = dispatch.BACKENDS["wna16", row.backend]
-        if FORCED.get() is None:
+        if forced is None:
             if len(runtime.plan) > 64:
                 runtime.plan.clear()
             runtime.plan[key] = backend

@@ -84,6 +84,11 @@ class Row:
     at_most: str = ""
     above: str = ""
 
+    def concerns(self, case: Case) -> bool:
+        """Whether the row is about this device, dtype and width at all."""
+        dtype = not self.dtypes or case.dtype in self.dtypes
+        return dtype and self.device in ("*", case.device) and case.bits in self.bits
+
     def why_not(self, case: Case, *, forced: bool = False) -> str:
         """Empty if the row can serve ``case``, else the reason; ``forced`` leaves the thresholds on M out."""
         if self.device not in ("*", case.device):
@@ -193,7 +198,7 @@ def _choose(case: Case, wanted: str | None) -> tuple[Row, tuple[tuple[str, str, 
         why = row.why_not(case, forced=wanted is not None)
         if not why:
             return row, tuple(passed)
-        counts = row.constraint and row.device in ("*", case.device) and case.bits in row.bits
+        counts = row.constraint and row.concerns(case)
         passed.append((row.backend, why, counts))
     what = f"backend {wanted!r} of {case.op}" if wanted else f"any backend of {case.op}"
     reasons = "; ".join(f"{name}: {why}" for name, why, _ in passed) or "it does not exist"

@@ -13,7 +13,7 @@ from hfq.errors import KernelError
 __all__ = ["ISAS", "THRESHOLDS", "Thresholds", "float_compute", "isa"]
 
 # From best to worst. "default" is everything without vectorised int4 operators in torch (also Arm).
-ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "default")
+ISAS = ("amx", "avx512", "avx2", "default")
 
 
 def _detect() -> str:
@@ -26,8 +26,6 @@ def _detect() -> str:
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if torch.cpu._is_amx_tile_supported() and (not cap or "AMX" in cap or cap in ("ALL", "DEFAULT")):
         return "amx"
-    if torch.cpu._is_avx512_bf16_supported() and (not cap or "BF16" in cap or "FP16" in cap or "AMX" in cap):
-        return "avx512_bf16"
     return "avx512"
 
 
@@ -45,10 +43,10 @@ def isa() -> str:
 def float_compute(name: str) -> torch.dtype:
     """The dtype in which large products of dequantized weights run fastest on this instruction set.
 
-    Measured with ``hfq bench kernels``: bfloat16 ``F.linear`` is 3.5 to 5.7 times faster than float32 with AMX and four
-    times *slower* without native bfloat16.
+    Measured with ``hfq bench kernels``: bfloat16 ``F.linear`` is 3.5 to 5.7 times faster than float32 with AMX, 0.7
+    times as fast with AVX512-BF16 alone, and four times *slower* without native bfloat16.
     """
-    return torch.bfloat16 if name in ("amx", "avx512_bf16") else torch.float32
+    return torch.bfloat16 if name == "amx" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ class Thresholds:
     """Largest number of rows of x for which a fused operator wins, for one instruction set.
 
     Above it, dequantizing once and multiplying in floating point is faster: the fused operators' time grows with M.
-    Measured with ``hfq bench kernels --every-backend`` on one machine with AMX; the other sets on the same machine with
-    torch's operators capped to that set (``ONEDNN_MAX_CPU_ISA``, ``ATEN_CPU_CAPABILITY``).
+    Measured with ``bench_kernels.run(every_backend=True)`` on one machine with AMX; the other sets on the same machine
+    with torch's operators capped to that set (``ONEDNN_MAX_CPU_ISA``, ``ATEN_CPU_CAPABILITY``).
     """
 
     int4: int  # one plane of nibbles against dequantizing
@@ -68,9 +66,8 @@ class Thresholds:
 
 
 THRESHOLDS = {
-    "amx": Thresholds(int4=48, nibbles=36, int8=16, copy4=8, copy8=6),
-    "avx512_bf16": Thresholds(int4=40, nibbles=24, int8=16, copy4=24, copy8=16),
-    "avx512": Thresholds(int4=56, nibbles=24, int8=24, copy4=32, copy8=24),
-    "avx2": Thresholds(int4=56, nibbles=24, int8=24, copy4=32, copy8=24),
+    "amx": Thresholds(int4=56, nibbles=40, int8=20, copy4=10, copy8=6),
+    "avx512": Thresholds(int4=110, nibbles=44, int8=56, copy4=44, copy8=20),
+    "avx2": Thresholds(int4=48, nibbles=24, int8=32, copy4=16, copy8=8),
     "default": Thresholds(int4=0, nibbles=0, int8=0, copy4=0, copy8=0),
 }

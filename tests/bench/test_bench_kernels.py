@@ -1,0 +1,75 @@
+"""The kernel benchmark: rows, filters, refusal of wrong kernels, formats. No speed is asserted here."""
+
+import json
+
+import pytest
+import torch
+
+from hfq.errors import ConfigError
+from hfq.evaluation import bench_kernels
+from hfq.kernels import dispatch
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "SHAPES", ((64, 128), (96, 128), (64, 160)))
+    monkeypatch.setattr(bench_kernels, "_best", lambda calls, rounds, clock: [10.0 for call in calls if call() is not None])
+
+
+def test_rows_and_formats():
+    seen = []
+    rows = bench_kernels.run("cpu", quick=True, rounds=1, all_cores=False, on_row=seen.append)
+    assert seen == rows and {row.M for row in rows} == {1, 128} and {row.bits for row in rows} == {4, 8}
+    for row in rows:
+        assert row.ratio == 1.0 and row.error <= bench_kernels.LIMIT and row.bits_held > row.bits
+        assert row.ok == ("" if row.target is None else "n" if row.target > 1 else "y")
+    text = bench_kernels.format_table(rows)
+    assert "F.linear float32" in text and len(text.splitlines()) == len(rows) + 2
+    data = json.loads(bench_kernels.to_json(rows))
+    assert {"torch", "isa", "revision", "baseline"} <= set(data["about"]) and len(data["rows"]) == len(rows)
+
+
+def test_only_filters_by_words():
+    rows = bench_kernels.run("cpu", quick=True, only="w4 M1 cached", rounds=1, all_cores=False)
+    assert rows and all(row.bits == 4 and row.M == 1 and row.config == "cached" for row in rows)
+    assert bench_kernels.run("cpu", quick=True, only="w3", rounds=1) == []
+
+
+def test_every_backend_is_timed_when_asked():
+    rows = bench_kernels.run("cpu", quick=True, only="w4 M128 cached", rounds=1, every_backend=True, all_cores=False)
+    assert {"copy", "dequant"} <= {row.backend for row in rows}
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    for key, real in list(dispatch.BACKENDS.items()):
+        monkeypatch.setitem(dispatch.BACKENDS, key, lambda x, r, b, real=real: real(x, r, b) * 1.01)
+    rows = bench_kernels.run("cpu", quick=True, only="w4 M1 compact", rounds=1, all_cores=False)
+    assert rows and all(row.us is None and row.ok.startswith("wrong") for row in rows)
+    one = torch.ones(1, 1)
+    assert bench_kernels.relative_error(one * float("nan"), one, one.double()) == float("inf")
+
+
+def test_the_threads_are_put_back(monkeypatch):
+    before = torch.get_num_threads()
+    bench_kernels.run("cpu", quick=True, only="w4 M1", rounds=1, all_cores=True)
+    assert torch.get_num_threads() == before
+
+
+def test_regressions_keep_the_best(tmp_path):
+    rows = bench_kernels.run("cpu", quick=True, only="w4 M1 compact", rounds=1, all_cores=False)
+    file = tmp_path / "best.json"
+    assert bench_kernels.regressions(rows, file) == []
+    for row in rows:
+        row.ratio = 0.85
+    assert bench_kernels.regressions(rows, file) == [row.label for row in rows]
+    for row in rows:
+        row.ratio = 0.95
+    assert bench_kernels.regressions(rows, file) == []
+
+
+def test_unknown_devices():
+    with pytest.raises(ConfigError, match="cpu"):
+        bench_kernels.run("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="CUDA"):
+            bench_kernels.run("cuda")
