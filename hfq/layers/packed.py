@@ -147,10 +147,14 @@ class PackedModule(nn.Module):
         slot, dtype = self.slots[key], dtype or self.compute_dtype
         if slot.count is not None and index is None:
             return torch.stack([self.dequantize(key, dtype, i) for i in range(slot.count)])
-        if self.online is None:
-            weight = kernels.dequantize(self.operand(key, index or 0), dtype)
-        else:  # (x H) Q^T = x (Q H^T)^T
-            weight = self.online.inverse(kernels.dequantize(self.operand(key, index or 0), torch.float32)).to(dtype)
+        working, operand = dtype if self.online is None else torch.float32, self.operand(key, index or 0)
+        if torch.compiler.is_compiling():  # the product is a traceable operator in every layout, unpacking is not
+            columns = torch.eye(slot.columns, dtype=working, device=self.device)
+            weight = kernels.linear(columns, operand).t()
+        else:
+            weight = kernels.dequantize(operand, working)
+        if self.online is not None:  # (x H) Q^T = x (Q H^T)^T
+            weight = self.online.inverse(weight).to(dtype)
         return weight.t() if slot.transposed else weight
 
     def weight_view(self, key: str) -> torch.Tensor:
