@@ -10,7 +10,7 @@ import copy
 import importlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
@@ -203,15 +203,22 @@ class HfqConfig(QuantizationConfigMixin):
                 plan.skipped[name] = "16 bits: left as it is"
         return plan
 
-    def traced_plan(self, model: Any, data: Any) -> Any:
-        """:meth:`plan` in execution order, grouped by input: from one forward pass of the first sample of ``data``."""
+    def one_call(self, model: Any, batches: Sequence[Mapping[str, Any]]) -> Callable[[], Any]:
+        """A function that runs one forward pass of the whole model, on the first row of the data."""
         from hfq.calibration import capture
+
+        def call() -> None:
+            with capture.quiet(model):
+                capture.forward(model, capture.row_of(batches[0]))
+
+        return call
+
+    def traced_plan(self, model: Any, batches: Sequence[Mapping[str, Any]]) -> Any:
+        """The plan with sites in execution order, grouped by the tensor they read (one forward pass)."""
         from hfq.graph import trace
 
         plan = self.plan(model)
-        sample = {key: value[:1] if hasattr(value, "shape") and value.ndim else value for key, value in data[0].items()}
-        with capture.quiet(model):
-            trace.order_groups(plan, lambda: capture.forward(model, sample))
+        trace.order_groups(plan, self.one_call(model, batches))
         return plan
 
     def placement(self, module: Any) -> AbstractContextManager[Any]:

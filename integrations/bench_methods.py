@@ -45,13 +45,14 @@ def _case(name: str, method: str, *, rescaled: bool = False, **options: Any) -> 
     return Case(name, method, {**_GRID, **(_CALIBRATION if method != "rtn" else {}), **options}, rescaled)
 
 
-RSQ = {"r_min": 0.1}
+SEARCH = {"clip": "mse", "clip_norm": 2.0, "clip_grid": 40, "weigh_clip": True}
+RSQ = {"r_min": 0.1, **SEARCH}
 FLEXROUND = {"steps": 200, "lr": 1e-3, "calibration_batch_size": 8}
 
 
 def _layerwise(bits: tuple[int, int], target: float) -> list[Case]:
     common = {"high_bits": bits[0], "low_bits": bits[1], "target_bits": target,
-              "backend": {"method": "gptq", "clip": "mse", **_GRID}}
+              "backend": {"method": "gptq", **SEARCH, **_GRID}}
     orders: list[tuple[str, dict[str, Any]]] = [("LIM", {"score": "lim"}), ("ZD", {"score": "zd"})]
     orders.append(("reversed LIM", {"score": "lim", "order": "reversed"}))
     orders += [(f"random {seed}", {"order": "random", "seed": seed}) for seed in range(3)]
@@ -63,20 +64,20 @@ TABLES: dict[str, list[Case]] = {
     "weights": [
         Case("float"),
         *[_case(f"round to nearest, {bits} bits", "rtn", bits=bits) for bits in (4, 3, 2)],
-        *[_case(f"GPTQ, {bits} bits", "gptq", bits=bits, clip="mse") for bits in (4, 3, 2)],
+        *[_case(f"GPTQ, {bits} bits", "gptq", bits=bits, **SEARCH) for bits in (4, 3, 2)],
         *[_case(f"RSQ, {bits} bits", "rsq", bits=bits, **RSQ) for bits in (4, 3, 2)],
         *[_case(f"FlexRound, {bits} bits", "flexround", bits=bits, **FLEXROUND) for bits in (4, 3, 2)],
     ],
     "rsq": [
-        _case("GPTQ of RSQ alone", "rsq", bits=4, rotate=False, strategy="uniform"),
+        _case("GPTQ of RSQ alone", "rsq", bits=4, rotate=False, strategy="uniform", **SEARCH),
         _case("+ token importance", "rsq", bits=4, rotate=False, **RSQ),
-        _case("+ rotation", "rsq", bits=4, strategy="uniform"),
+        _case("+ rotation", "rsq", bits=4, strategy="uniform", **SEARCH),
         _case("+ both", "rsq", bits=4, **RSQ),
     ],
     "rescaled": [
         Case("float, rescaled", rescaled=True),
         _case("round to nearest, 4 bits, rescaled", "rtn", bits=4, rescaled=True),
-        _case("GPTQ, 4 bits, rescaled", "gptq", bits=4, clip="mse", rescaled=True),
+        _case("GPTQ, 4 bits, rescaled", "gptq", bits=4, **SEARCH, rescaled=True),
         _case("RSQ, 4 bits, rescaled", "rsq", bits=4, rescaled=True, **RSQ),
         _case("FlexRound, 4 bits, rescaled", "flexround", bits=4, rescaled=True, **FLEXROUND),
     ],

@@ -22,7 +22,8 @@ class GPTQConfig(HfqConfig):
         act_order: columns with the largest inputs first; with groups it needs ``static_groups``.
         static_groups: grids from the original weight, not from the weight as updated when its group begins.
         sequential: solve the sites of a block in execution order, each on the inputs that the ones before it leave.
-        clip: search of a group's range: "none" (its extremes), "mse" or "percentile".
+        clip: search of a group's range: "none" (its extremes), "mse" (norm ``clip_norm``, steps of
+            ``1 / clip_grid``, weighed with the Hessian's diagonal if ``weigh_clip``) or "percentile".
     """
 
     method = "gptq"
@@ -32,6 +33,9 @@ class GPTQConfig(HfqConfig):
     static_groups: bool = option(False)
     sequential: bool = option(True)
     clip: str = option("none", choices=("none", "mse", "percentile"))
+    clip_norm: float = option(2.0, range=(0.5, 8.0))
+    clip_grid: int = option(100, range=(1, 1000))
+    weigh_clip: bool = option(False)
 
     def check(self) -> None:
         if self.act_order and self.group_size > 0 and not self.static_groups:
@@ -50,7 +54,7 @@ def quantize(model: Any, data: Any, config: GPTQConfig, report: Report) -> None:
     plan = config.traced_plan(model, data)
     solver = Solver(
         percdamp=config.percdamp, act_order=config.act_order, static_groups=config.static_groups, clip=config.clip,
-        sequential=config.sequential,
+        norm=config.clip_norm, grid=config.clip_grid, weigh_clip=config.weigh_clip, sequential=config.sequential,
     )
     for step in walk(plan, data, report=report, **config.walk_options()):
         solve_block(step, config.spec_for, solver)

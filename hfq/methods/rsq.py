@@ -27,7 +27,7 @@ class RSQConfig(HfqConfig):
         rotate: Hadamard rotation of the residual stream and of the heads, folded into the weights.
         online: also transform the inputs of the projections that write to the stream, while the model runs.
         percdamp: share of the mean diagonal added to the Hessian's diagonal.
-        clip: search of a group's range, "mse" with the norm ``clip_norm``, or "none".
+        clip: search of a group's range, "mse" with the norm ``clip_norm`` in steps of ``1 / clip_grid``, or "none".
         weigh_clip: weigh that search with the Hessian's diagonal (not in the paper).
         act_order: columns with the largest inputs first.
         refine: rounds of descent on the same objective after the column loop (not in the paper).
@@ -48,6 +48,7 @@ class RSQConfig(HfqConfig):
     percdamp: float = option(0.01, range=(0.0, 1.0))
     clip: str = option("mse", choices=("none", "mse"))
     clip_norm: float = option(2.4, range=(0.5, 8.0))
+    clip_grid: int = option(100, range=(1, 1000))
     weigh_clip: bool = option(False)
     act_order: bool = option(False)
     refine: int = option(0, range=(0, 100))
@@ -61,9 +62,12 @@ class RSQConfig(HfqConfig):
 
 def rotate(model: Any, plan: Any, data: Any, config: RSQConfig, report: Report) -> dict[str, Any]:
     """Step 1: the same function in a basis without outliers; returns the online transforms by site name."""
-    from hfq.transforms.hadamard import rotate_model
+    from hfq.transforms.spread import spread_outliers
 
-    return rotate_model(model, plan, data, seed=config.seed, online=config.online, report=report)
+    return spread_outliers(
+        model, plan, config.one_call(model, data), seed=config.seed, online=config.online,
+        placement=config.placement, report=report,
+    )
 
 
 def quantize(model: Any, data: Any, config: RSQConfig, report: Report) -> None:
@@ -78,7 +82,7 @@ def quantize(model: Any, data: Any, config: RSQConfig, report: Report) -> None:
     data = importance.expand(data, config.expansion)
     solver = Solver(
         percdamp=config.percdamp, act_order=config.act_order, clip=config.clip, norm=config.clip_norm,
-        weigh_clip=config.weigh_clip, refine=config.refine,
+        grid=config.clip_grid, weigh_clip=config.weigh_clip, refine=config.refine,
     )
     for step in walk(plan, data, report=report, **config.walk_options()):
         weights = None

@@ -31,6 +31,7 @@ class Solver:
     static_groups: bool = False
     clip: str = "none"
     norm: float = 2.4
+    grid: int = 100
     weigh_clip: bool = False
     refine: int = 0
     block_size: int = 128
@@ -38,7 +39,7 @@ class Solver:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the column loop."""
-        names = ("static_groups", "clip", "norm", "weigh_clip", "refine", "block_size")
+        names = ("static_groups", "clip", "norm", "grid", "weigh_clip", "refine", "block_size")
         return {name: getattr(self, name) for name in names}
 
     def factorise(self, matrix: torch.Tensor, name: str) -> gptq.Factor:

@@ -62,7 +62,7 @@ def first_step(model: Any, data: torch.Tensor, **batch: Any) -> Any:
 
 @pytest.mark.must_hold("rsq", 1)
 def test_uniform_weights_are_plain_gptq() -> None:
-    plain = quantized(tiny(), hfq.GPTQConfig(**COMMON, clip="mse"))
+    plain = quantized(tiny(), hfq.GPTQConfig(**COMMON, clip="mse", clip_norm=2.4))
     common = {**COMMON, "symmetric": False}
     assert same(plain, quantized(tiny(), hfq.RSQConfig(**common, rotate=False, r_min=1.0, r_max=1.0)))
     assert not same(plain, quantized(tiny(), hfq.RSQConfig(**common, rotate=False)))
@@ -193,7 +193,7 @@ def test_expansion() -> None:
 def test_singular_hessian_and_dead_columns() -> None:
     x = torch.randn(10, 64)
     x[:, 5] = 0
-    codes, stats = gptq.solve(torch.randn(8, 64), x.t() @ x, QuantSpec(4, 32), percdamp=1e-12)
+    codes, stats = gptq.solve(torch.randn(8, 64), x.t() @ x, QuantSpec(4, 32), percdamp=1e-8)
     assert stats["damping_tries"] > 1 and stats["dead_columns"] == 1
     assert (affine.dequantize(codes)[:, 5] == 0).all()
     hfq.quantize(tiny(), hfq.RSQConfig(**{**COMMON, "calibration_samples": 1}), ids(1))
