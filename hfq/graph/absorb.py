@@ -13,7 +13,7 @@ for rotations ``[n, d]`` (one ``d x d`` rotation applied to ``n`` sets of ``d`` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,12 @@ from torch import nn
 from hfq.errors import QuantizationError
 from hfq.graph.read import Site
 
-__all__ = ["Matrix", "Norm", "add_bias", "fold_norm", "matrix_of", "rotate_inputs", "rotate_outputs", "scale_inputs",
-           "scale_outputs"]
+__all__ = ["Matrix", "Norm", "Rotation", "add_bias", "fold_norm", "matrix_of", "rotate_inputs", "rotate_outputs",
+           "scale_inputs", "scale_outputs"]
+
+
+# A matrix ``q``, or a function that multiplies the last axis of a float64 tensor by it (fast transforms).
+Rotation = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -138,14 +142,14 @@ def scale_outputs(target: Site | Matrix, scale: torch.Tensor, channels: torch.Te
 
 
 @torch.no_grad()
-def rotate_inputs(target: Site | Matrix, rotation: torch.Tensor, channels: torch.Tensor | None = None) -> None:
+def rotate_inputs(target: Site | Matrix, rotation: Rotation, channels: torch.Tensor | None = None) -> None:
     """Make the weight accept ``x @ rotation``; ``rotation``: ``[K, K]``, or ``[d, d]`` with ``channels`` ``[n, d]``."""
     matrix = _matrix(target)
     _write(matrix.weight, _turned(matrix.weight, rotation, matrix.input_axis, channels, matrix))
 
 
 @torch.no_grad()
-def rotate_outputs(target: Site | Matrix, rotation: torch.Tensor, channels: torch.Tensor | None = None) -> None:
+def rotate_outputs(target: Site | Matrix, rotation: Rotation, channels: torch.Tensor | None = None) -> None:
     """Make the outputs, bias included, ``y @ rotation``; shapes as in ``rotate_inputs``."""
     matrix = _matrix(target)
     _write(matrix.weight, _turned(matrix.weight, rotation, matrix.output_axis, channels, matrix))
@@ -221,10 +225,14 @@ def _spread(scale: torch.Tensor, channels: torch.Tensor | None, size: int, matri
 
 
 def _turned(
-    tensor: torch.Tensor, rotation: torch.Tensor, axis: int, channels: torch.Tensor | None, matrix: Matrix
+    tensor: torch.Tensor, rotation: Rotation, axis: int, channels: torch.Tensor | None, matrix: Matrix
 ) -> torch.Tensor:
     """``tensor`` with the vectors along ``axis`` multiplied from the right by ``rotation``."""
     moved = tensor.detach().double().movedim(axis, -1)
+    if not isinstance(rotation, torch.Tensor):
+        if channels is None:
+            return rotation(moved.contiguous()).movedim(-1, axis)
+        rotation = rotation(torch.eye(channels.shape[-1], dtype=torch.float64))
     rotation = rotation.double().to(tensor.device)
     if channels is None:
         if rotation.shape != (moved.shape[-1],) * 2:

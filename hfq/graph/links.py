@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfq.graph.absorb import Matrix, Norm, fold_norm, rotate_inputs, rotate_outputs, scale_inputs, scale_outputs
+from hfq.graph.absorb import (
+    Matrix,
+    Norm,
+    Rotation,
+    fold_norm,
+    rotate_inputs,
+    rotate_outputs,
+    scale_inputs,
+    scale_outputs,
+)
 
 __all__ = ["Link", "Pair", "PairReport", "apply_fold", "apply_heads", "apply_rotation", "apply_scale"]
 
@@ -37,6 +46,10 @@ class Link:
         if len(used) in (0, len(self.index)) or int(used[-1] - used[0]) + 1 != len(used):
             return None
         return int(used[0]), int(used[-1]) + 1
+
+    def check(self) -> None:
+        """Raise a QuantizationError if the weight is no plain parameter in memory."""
+        _ = self.part.weight if isinstance(self.part, Matrix) else self.part.get_gain()
 
     def __str__(self) -> str:
         name = self.name + ("" if self.tensor == "weight" else f".{self.tensor}")
@@ -195,9 +208,12 @@ def apply_heads(pair: Pair, rotation: torch.Tensor, own: Callable[[str], nn.Modu
 
 
 def apply_rotation(
-    pair: Pair, rotation: torch.Tensor, block: str, own: Callable[[str], nn.Module] | None = None
+    pair: Pair, rotation: Rotation, block: str, own: Callable[[str], nn.Module] | None = None
 ) -> None:
-    """Rotate the stream inside one block by ``rotation`` ``[width, width]``, in place; its norms are folded."""
+    """Rotate the stream inside one block, in place; its norms are folded.
+
+    ``rotation`` is a matrix ``[width, width]`` or a function that multiplies the last axis by it.
+    """
     below = block + "."
     for link in pair.sources:
         if link.name.startswith(below):
@@ -210,7 +226,7 @@ def apply_rotation(
             mine = norm if own is None else replace(norm, module=own(norm.name))
             bias = mine.get_bias()
             assert bias is not None
-            mine.set_bias(bias @ rotation.to(bias))
+            mine.set_bias(bias @ rotation.to(bias) if isinstance(rotation, torch.Tensor) else rotation(bias))
 
 
 def _factor(link: Link, scale: torch.Tensor) -> torch.Tensor:

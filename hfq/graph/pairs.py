@@ -13,10 +13,11 @@ from hfq.errors import ConfigError, QuantizationError
 from hfq.graph.absorb import Matrix, Norm, matrix_of
 from hfq.graph.links import Link, Pair, PairReport
 from hfq.graph.norms import probe
-from hfq.graph.proof import TOLERANCE, BlockCopy, double_precision
+from hfq.graph.proof import BlockCopy, double_precision
 from hfq.graph.propose import Candidates, propose
-from hfq.graph.prove import RERUN_ERRORS, prove, rotation_error
+from hfq.graph.prove import RERUN_ERRORS, prove_pairs, prove_rotation
 from hfq.graph.read import Block, Plan
+from hfq.graph.reuse import moved, signature
 from hfq.graph.stream import BlockStream, block_stream, taps
 from hfq.graph.trace import BlockCall, Trace, evaluating, order_groups
 
@@ -52,8 +53,7 @@ def discover(
         QuantizationError: ``call`` does not run the model.
     """
     trace = order_groups(plan, call)
-    generator = torch.Generator().manual_seed(seed)
-    shared = _shared_parameters(plan.model)
+    examiner = _Examiner(plan, trace, explicit, seed)
     report, streams = PairReport(), {}
     with evaluating(plan.model):
         for block in plan.blocks:
@@ -62,7 +62,7 @@ def discover(
                 report.pairs.append(Pair("block", block.name).refuse(f"the block ran {len(calls)} times, not once"))
                 continue
             with (placement or _stay)(block.module):
-                pairs, stream = _examine(plan, trace, calls[0], shared, explicit, generator)
+                pairs, stream = examiner.examine(calls[0])
             report.pairs += pairs
             streams[block.name] = (stream, calls[0])
     for stack in plan.stacks:
@@ -75,38 +75,51 @@ def _stay(module: nn.Module) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _examine(
-    plan: Plan, trace: Trace, call: BlockCall, shared: set[int], explicit: Sequence[Mapping[str, Any]],
-    generator: torch.Generator,
-) -> tuple[list[Pair], Pair]:
-    """The pairs of one block, and its part of the stream's rotation as a pair of its own."""
-    candidates = propose(plan, trace, call)
-    pairs = _with_explicit(plan, trace, call, candidates, explicit)
-    stream = block_stream(plan, trace, call, candidates.norms)
-    rotation = _rotation_pair(plan, stream, candidates, pairs)
-    missing = [site.name for site in (*call.block.sites, *call.block.kept) if not site.executed]
-    if missing:
-        names = ", ".join(missing[:3]) + (" and more" if missing[3:] else "")
-        reason = f"the traced forward pass did not reach {names}"
-        return [pair if pair.reason else pair.refuse(reason) for pair in pairs], rotation.refuse(reason)
-    for pair in (*pairs, rotation):
-        _refuse_shared(pair, shared)
-    try:
-        with double_precision():
-            copy = BlockCopy(call)
-            for pair in pairs:
-                prove(pair, copy, generator)
-            _prove_rotation(rotation, pairs, copy, generator)
-    except RERUN_ERRORS as error:
-        reason = f"{call.block.name} cannot be run again by itself in float64: {type(error).__name__}: {error}"
+class _Examiner:
+    """Pairs of one block after the other; equal blocks are analysed once."""
+
+    def __init__(self, plan: Plan, trace: Trace, explicit: Sequence[Mapping[str, Any]], seed: int) -> None:
+        self.plan, self.trace, self.explicit = plan, trace, explicit
+        self.generator = torch.Generator().manual_seed(seed)
+        self.shared = _shared_parameters(plan.model)
+        self._known: dict[Any, tuple[str, list[Pair], Pair]] = {}
+
+    def propose(self, call: BlockCall) -> tuple[list[Pair], Pair]:
+        """Candidates of a block, and its part of the stream's rotation as a pair of its own."""
+        key, name = signature(self.trace, call), call.block.name
+        if key not in self._known:
+            candidates = propose(self.plan, self.trace, call)
+            stream = block_stream(self.plan, self.trace, call, candidates.norms)
+            self._known[key] = name, candidates.pairs, _rotation_pair(self.plan, stream, candidates)
+        old, pairs, rotation = self._known[key]
+        model = self.plan.model
+        return [moved(pair, model, old, name) for pair in pairs], moved(rotation, model, old, name)
+
+    def examine(self, call: BlockCall) -> tuple[list[Pair], Pair]:
+        pairs, rotation = self.propose(call)
+        pairs = _with_explicit(self.plan, self.trace, call, pairs, self.explicit)
+        missing = [site.name for site in (*call.block.sites, *call.block.kept) if not site.executed]
+        if missing:
+            names = ", ".join(missing[:3]) + (" and more" if missing[3:] else "")
+            reason = f"the traced forward pass did not reach {names}"
+            return [pair if pair.reason else pair.refuse(reason) for pair in pairs], rotation.refuse(reason)
         for pair in (*pairs, rotation):
-            if not pair.reason:
-                pair.refuse(reason)
-    return pairs, rotation
+            _refuse_shared(pair, self.shared)
+        try:
+            with double_precision():
+                copy = BlockCopy(call)
+                prove_pairs(pairs, copy, self.generator)
+                prove_rotation(rotation, pairs, copy, self.generator)
+        except RERUN_ERRORS as error:
+            reason = f"{call.block.name} cannot be run again by itself in float64: {type(error).__name__}: {error}"
+            for pair in (*pairs, rotation):
+                if not pair.reason:
+                    pair.refuse(reason)
+        return pairs, rotation
 
 
 # -- rotation of the stream ------------------------------------------------------------------------------------------
-def _rotation_pair(plan: Plan, stream: BlockStream, candidates: Candidates, pairs: list[Pair]) -> Pair:
+def _rotation_pair(plan: Plan, stream: BlockStream, candidates: Candidates) -> Pair:
     pair = Pair("rotation", stream.block.name, width=stream.width, fix_ones=stream.centred, blocks=[stream.block.name])
     whole = torch.arange(stream.width)
     for reader in stream.readers:
@@ -120,26 +133,6 @@ def _rotation_pair(plan: Plan, stream: BlockStream, candidates: Candidates, pair
     pair.norms = [norm for name in stream.norms if isinstance(norm := candidates.norms.get(name), Norm)]
     pair.reason = stream.reason
     return pair
-
-
-def _prove_rotation(pair: Pair, pairs: list[Pair], copy: BlockCopy, generator: torch.Generator) -> None:
-    if pair.reason:
-        return
-    folds = []
-    for norm in pair.norms:
-        fold = next((p for p in pairs if p.kind == "norm" and p.sources[0].name == norm.name), None)
-        gain = norm.get_gain()
-        if fold is not None and fold.proven:
-            folds.append(fold)
-        elif not bool((gain == gain[0]).all()):
-            why = fold.reason if fold else "no reader was found"
-            pair.refuse(f"the gain of {norm.name} cannot be folded: {why}")
-            return
-    error = rotation_error(pair, folds, copy, generator)
-    if error > TOLERANCE:
-        pair.refuse(f"a random rotation changes the output of {pair.place} by {error:.1e}", error)
-    else:
-        pair.proven, pair.error = True, error
 
 
 def _stack_rotation(trace: Trace, stack: list[Block], found: Mapping[str, tuple[Pair, BlockCall]]) -> list[Pair]:
@@ -196,9 +189,8 @@ def _check_explicit(report: PairReport, explicit: Iterable[Mapping[str, Any]]) -
 
 
 def _with_explicit(
-    plan: Plan, trace: Trace, call: BlockCall, candidates: Candidates, explicit: Sequence[Mapping[str, Any]]
+    plan: Plan, trace: Trace, call: BlockCall, pairs: list[Pair], explicit: Sequence[Mapping[str, Any]]
 ) -> list[Pair]:
-    pairs = list(candidates.pairs)
     for wanted in explicit:
         unknown = set(wanted) - _FIELDS
         if unknown or not {"kind", "source", "readers"} <= set(wanted):

@@ -92,12 +92,12 @@ def rotate_stream(
 def _fold_into(
     plan: Plan, pairs: PairReport, pair: Pair, rotation: online.StreamRotation, placement: Placement | None
 ) -> None:
-    matrix = rotation.matrix_of()
+    turn = rotation.forward if rotation.kind == "hadamard" else rotation.matrix_of()
     for name in pair.blocks:
         with placement(plan.block(name).module) if placement else nullcontext():
             for fold in folds_of(pairs, pair, name):
                 apply_fold(fold)
-            apply_rotation(pair, matrix, name)
+            apply_rotation(pair, turn, name)
 
 
 def make_rotation(
@@ -113,9 +113,10 @@ def make_rotation(
         QuantizationError: ``matrix`` is not orthogonal, or moves the vector of ones where it must not.
     """
     if matrix is not None:
-        ones = torch.ones(width, dtype=torch.float64)
-        if fix_ones and (matrix.shape[0] != width or float((ones @ matrix.double().cpu() - ones).abs().max()) > 1e-4):
-            raise QuantizationError("in front of a LayerNorm the rotation must leave the vector of ones in place, 1 Q = 1")
+        if tuple(matrix.shape) != (width, width):
+            raise QuantizationError(f"a rotation of {tuple(matrix.shape)} for a stream of {width} channels")
+        if fix_ones and float((matrix.double().sum(0) - 1).abs().max()) > 1e-4:
+            raise QuantizationError("in front of a LayerNorm a rotation must keep the vector of ones: 1 Q = 1")
         return "dense", {"matrix": matrix}, None
     if kind == "random":
         return "dense", {"matrix": _random_orthogonal(width, fix_ones, generator).float()}, None
@@ -255,7 +256,7 @@ def online_input(
     if site.kind not in ("linear", "transposed"):
         raise QuantizationError(f"{site.name}: an online transform needs a linear layer, not {site.kind}")
     if site.bypassed:
-        raise QuantizationError(f"{site.name}: its weight is read without calling it, so its input cannot be transformed")
+        raise QuantizationError(f"{site.name}: its weight is read without calling it: no input to transform")
     if online_of(site.module) is not None:
         raise QuantizationError(f"{site.name} has an online transform already")
     size = site.in_features
@@ -265,7 +266,7 @@ def online_input(
             raise QuantizationError(f"{site.name}: no Hadamard matrix has an order that divides its {size} inputs")
     drawn = hadamard.random_signs(size, generator) if signs else None
     transform = online.Hadamard(size, block, signs=drawn)
-    rotate_inputs(matrix_of(site), transform(torch.eye(size, dtype=torch.float64)))
+    rotate_inputs(matrix_of(site), transform.to(site.weight.device))
     site.module.register_forward_pre_hook(_OnlineInput(transform))
     return transform
 
