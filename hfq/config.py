@@ -127,7 +127,11 @@ class HfqConfig(QuantizationConfigMixin):
 
     def validate(self) -> None:
         """Check every field, then the combinations; :class:`ConfigError` names the field and what is allowed."""
-        self.compute_dtype = _dtype_name(self.compute_dtype)
+        if self.compute_dtype is not None:
+            name = str(self.compute_dtype).removeprefix("torch.")
+            if name not in _DTYPES:
+                raise ConfigError(f"compute_dtype={self.compute_dtype!r}: None or one of {_DTYPES} is allowed")
+            self.compute_dtype = name
         hints = type_hints(type(self))
         for f in fields(self):
             self._check_value(f, getattr(self, f.name), hints[f.name], f.name)
@@ -237,6 +241,7 @@ class HfqConfig(QuantizationConfigMixin):
         }
 
     data = property(lambda self: self._data, doc="The calibration data as given (object, path or Hub id), or ``None``.")
+
     @property
     def torch_compute_dtype(self) -> torch.dtype | None:
         """``compute_dtype`` as a torch dtype."""
@@ -256,10 +261,7 @@ class HfqConfig(QuantizationConfigMixin):
         """JSON-ready dictionary of the saved fields and, once quantized, of the record of the packed layers."""
         from hfq import __version__
 
-        result: dict[str, Any] = {}
-        for f in fields(self):
-            if f.metadata.get("saved", True):
-                result[f.name] = plain(getattr(self, f.name))
+        result = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.metadata.get("saved", True)}
         if isinstance(self.calibration, (str, os.PathLike)) and os.path.exists(self.calibration):
             result["calibration"] = None  # a path of this machine means nothing elsewhere: the summary has a descriptor
         version = self.hfq_version or __version__
@@ -344,12 +346,3 @@ def _config_class(slug: str, suffix: str = "") -> type[HfqConfig]:
 
 def _exactly(names: list[str]) -> list[str]:
     return [f"re:{re.escape(name)}" for name in names]
-
-
-def _dtype_name(dtype: Any) -> str | None:
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ConfigError(f"compute_dtype={dtype!r}: None or one of {', '.join(_DTYPES)} is allowed")
-    return name

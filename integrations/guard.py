@@ -107,7 +107,7 @@ def _touches(conversion: Any, name: str) -> bool:
 def _spare(conversion: Any, names: frozenset[str], prefix: str) -> None:
     """Keep a converter away from packed tensors.
 
-    In older transformers (5.17) the pattern of ``experts.gate_up_proj`` also matches ``experts.gate_up_proj_qweight``, and
+    In older transformers (5.17) the pattern of ``experts.gate_up_proj`` also matches ``experts.gate_up_proj_qweight``:
     the converter would split the codes into one tensor an expert. The class is changed and not the instance, because
     the reverse converter is made from the class.
     """

@@ -146,7 +146,7 @@ def test_what_the_environment_is_asked(monkeypatch):
             report.add(Row(name))
 
     monkeypatch.setattr(methods, "recipe", lambda slug: record)
-    config = RTNConfig(work_dir="progress here", calibration=[{"x": torch.randn(1, 32)} for _ in range(4)], text_column=None)
+    config = RTNConfig(work_dir="progress here", calibration=[{"x": torch.randn(1, 32)} for _ in range(4)])
     api.quantize(Model(), config)
     data, options = seen[0]
     assert isinstance(data, Batches) and data.descriptor["count"] == 4
