@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from hfq.calibration import ranks
 from hfq.calibration.cache import rebuild
-from hfq.calibration.capture import device_of, to_device
+from hfq.calibration.capture import Stop, device_of, to_device
 from hfq.calibration.data import Batches
 from hfq.calibration.step import Step
 from hfq.errors import ConfigError, DataError, QuantizationError
@@ -42,15 +42,19 @@ Scores = list[torch.Tensor]
 class _Attention(TorchFunctionMode):
     """Sums the attention that each position receives, over heads and queries, in every self-attention that runs."""
 
-    def __init__(self, rows: int, tokens: int, mask: torch.Tensor | None, only_first: bool) -> None:
+    def __init__(
+        self, rows: int, tokens: int, mask: torch.Tensor | None, only_first: bool, last: int | None = None
+    ) -> None:
         super().__init__()
         self.shape, self.mask, self.only_first = (rows, tokens), mask, only_first
         self.received: torch.Tensor | None = None
+        self.seen, self.last = 0, last  # attentions so far; after the last one the rest of the block is not needed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             self._fused(*args, **kwargs)
+            self._count()
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         if func in (nn.functional.softmax, torch.softmax, torch.Tensor.softmax) and out.ndim == 4:
@@ -58,7 +62,13 @@ class _Attention(TorchFunctionMode):
             # Learned attention sinks add one column.
             if out.shape[0] == rows and out.shape[2] == tokens and out.shape[3] in (tokens, tokens + 1):
                 self._add(out[..., :tokens])
+                self._count()
         return out
+
+    def _count(self) -> None:
+        self.seen += 1
+        if self.seen == self.last:
+            raise Stop
 
     def _fused(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
@@ -127,7 +137,7 @@ def attention(step: Step) -> Scores:
     Raises:
         QuantizationError: no self-attention over the block's rows was seen.
     """
-    scores = []
+    scores, last = [], None
     for i in range(len(step)):
         hidden = step.hidden(i)
         if hidden.ndim != 3:
@@ -139,9 +149,10 @@ def attention(step: Step) -> Scores:
         with torch.no_grad(), _visible_attention(step.block.module) as switched:
             if switched:
                 args, kwargs = rebuild((args, kwargs), lambda _, t, h=hidden: _four_axes(t, h))
-            mode = _Attention(*hidden.shape[:2], mask, only_first=_has_cross_attention(kwargs, args))
-            with mode:
+            mode = _Attention(*hidden.shape[:2], mask, _has_cross_attention(kwargs, args), last)
+            with mode, suppress(Stop):
                 step.block.module(*args, **kwargs)
+            last = mode.seen
         if mode.received is None:
             raise QuantizationError(
                 f"{step.block.name}: no self-attention over its {hidden.shape[1]} rows was seen; "

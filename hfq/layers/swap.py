@@ -28,7 +28,7 @@ __all__ = [
 def swap(
     model: nn.Module, name: str, codes: Codes, report: Report | None = None, *, online: Hadamard | None = None,
     asked: Mapping[str, Any] | None = None, tokens: int | None = None, reason: str = "",
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None, folded: bool = False,
 ) -> PackedModule:
     """Replace module ``name`` by its packed layer and add a report row.
 
@@ -37,6 +37,7 @@ def swap(
         online: transform of the layer's input.
         asked: what the config asked for; default the grid.
         tokens, reason, extra: for the row.
+        folded: the weight of the float module has ``online`` folded in already.
 
     Returns:
         The packed layer, on the device of the float one.
@@ -60,7 +61,7 @@ def swap(
     new.set_codes("weight", codes, device)
     if online is not None:
         online.to(device)
-    error = None if weight.is_meta else _relative_error([(weight, codes)], online)
+    error = None if weight.is_meta else _relative_error([(weight, codes)], None if folded else online)
     if error is not None and not error < float("inf"):
         raise QuantizationError(f"{name}: the codes decode to values that are not finite")
     model.set_submodule(name, new)

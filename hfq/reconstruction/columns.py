@@ -106,7 +106,7 @@ def _linears(
     matrices = [site.weight.detach().t() if site.kind == "transposed" else site.weight.detach() for site in sites]
     solutions = gptq.solve_many(matrices, factor, spec, name=names, **solver.options())
     for site, (codes, stats) in zip(sites, solutions, strict=True):
-        options = {"online": online[site.name]} if site.name in online else {}
+        options = {"online": online[site.name], "folded": True} if site.name in online else {}
         step.swap(site, codes, asked=spec.to_dict(), tokens=found.tokens, extra=_rounded(stats), **options)
 
 
