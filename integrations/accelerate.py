@@ -125,6 +125,9 @@ def _take(block: nn.Module) -> _Taken:
             )
         ]
         remove_hook_from_module(module)
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            # accelerate leaves the bound method on the module itself: a cycle that would keep replaced layers alive.
+            del module.__dict__["forward"]
         for n in names:
             value = hook.weights_map[n]
             on_disk, near = _source(hook.weights_map, n)

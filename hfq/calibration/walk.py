@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from hfq import kernels
-from hfq.calibration import ranks
+from hfq.calibration import memory, ranks
 from hfq.calibration.cache import ActivationCache, Slot, Store, Stored, TensorList, leaves, rebuild
 from hfq.calibration.capture import calls_of, first_tensor, quiet, row_of
 from hfq.calibration.chain import Stack, probe, skeleton
@@ -143,6 +143,7 @@ class _Walk:
                 for step in drive(stack, known[number] if known else None, done, len(names)):
                     if step is not None:
                         yield step
+                    memory.give_back()
                     if bar is not None:
                         bar.update()
                 done += len(stack.blocks)
