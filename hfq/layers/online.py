@@ -16,7 +16,7 @@ from torch import nn
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.kernels import hadamard
 
-__all__ = ["Hadamard", "StreamRotation", "attach", "install_rotation", "rebuild", "rotations"]
+__all__ = ["Hadamard", "StreamRotation", "attach", "empty_rotation", "install_rotation", "rotations"]
 
 Side = Literal["in", "out"]
 _CHILD = {"in": "hfq_rotation_in", "out": "hfq_rotation_out"}
@@ -247,21 +247,30 @@ def rotations(model: nn.Module) -> list[dict[str, Any]]:
     return found
 
 
-def rebuild(model: nn.Module, entry: Mapping[str, Any], name: str, device: Any) -> None:
-    """Attach an empty rotation as ``entry`` of a manifest describes it; one that is there already stays.
+def empty_rotation(block: nn.Module, entry: Mapping[str, Any], name: str, widths: set[int]) -> StreamRotation | None:
+    """The empty rotation that a manifest entry describes; ``None`` if ``block`` has it already.
+
+    Args:
+        block: the block that will rotate, called ``name`` in messages.
+        widths: sizes of the dimensions that occur in the block; the rotation must have one of them.
 
     Raises:
         CheckpointError: the entry makes no sense.
     """
-    block, side, kind, size = entry.get("block"), entry.get("side"), entry.get("kind"), entry.get("size")
-    if side not in _CHILD or not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= 1 << 20:
+    inner, side, kind, size = entry.get("block"), entry.get("side"), entry.get("kind"), entry.get("size")
+    whole = isinstance(size, int) and not isinstance(size, bool)
+    if set(entry) != {"module", "block", "side", "kind", "size"} or side not in ("in", "out") or not whole or size < 1:
         raise CheckpointError(f"the rotation of {name!r} in the manifest is damaged: {dict(entry)}")
-    module = model.get_submodule(name)
-    present = module._modules.get(_CHILD[side])
-    asked = {"side": side, "kind": kind, "size": size, "block": block}
-    if isinstance(present, StreamRotation) and present.describe() == asked:
-        return
+    if size not in widths:
+        raise CheckpointError(f"the rotation of {name!r} in the manifest has size {size}, which fits nothing there")
+    asked = {"side": side, "kind": kind, "size": size, "block": inner}
+    present = block._modules.get(_CHILD[side])
+    if present is not None:
+        if isinstance(present, StreamRotation) and present.describe() == asked:
+            return None
+        raise CheckpointError(f"{name} rotates its stream already, and otherwise than the manifest says")
+    device = next((p.device for p in block.parameters()), torch.device("cpu"))
     try:
-        attach(module, StreamRotation(size, str(kind), side, block=block, device=device))
-    except (QuantizationError, TypeError, ZeroDivisionError) as error:
+        return StreamRotation(size, str(kind), side, block=inner, device=device)
+    except (QuantizationError, TypeError) as error:
         raise CheckpointError(f"the rotation of {name!r} in the manifest cannot be built: {error}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
@@ -58,18 +57,29 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
                 raise CheckpointError(f"{name} is packed already, and otherwise than the manifest says")
             continue
         todo.append((place, _builder(name, module, entry)))
-    places = [(entry, record.locate(model, entry["module"], {entry["module"]: None, **layers})) for entry in rotations]
+    turns: list[tuple[str, streams.StreamRotation]] = []
+    for entry in rotations:
+        place = record.locate(model, entry["module"], layers)
+        if place is not None:
+            block = model.get_submodule(place)
+            rotation = streams.empty_rotation(block, entry, entry["module"], _widths(block))
+            turns += [] if rotation is None else [(place, rotation)]
     for place, build in todo:
         new = build()
         assert isinstance(new, PackedModule)
         new.label = place
         model.set_submodule(place, new)
-    for entry, place in places:
-        if place is not None:
-            block = model.get_submodule(place)
-            device = next((p.device for p in block.parameters()), torch.device("cpu"))
-            streams.rebuild(model, entry, place, device)
+    for place, rotation in turns:
+        streams.attach(model.get_submodule(place), rotation)
     return [place for place, _ in todo]
+
+
+def _widths(block: nn.Module) -> set[int]:
+    """Sizes of the dimensions of the float tensors of a block, packed ones included."""
+    found = {size for parameter in block.parameters() for size in parameter.shape}
+    for module in packed_modules(block).values():
+        found.update(size for slot in module.slots.values() for size in slot.weight_shape)
+    return found
 
 
 def _builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable[[], nn.Module]:

@@ -8,7 +8,6 @@ import torch
 from hfq.formats import QuantSpec, affine
 from hfq.layers import QEmbedding
 
-
 SPECS = [QuantSpec(4, 32), QuantSpec(3, symmetric=True), QuantSpec(8, 0), QuantSpec(2, 24)]
 
 
