@@ -163,7 +163,7 @@ class _CpuShape:
 
     def __init__(self, n: int, k: int, options: Options) -> None:
         self.n, self.k, self.options = n, k, options
-        self.formats = FORMATS[:1] + FORMATS[4:5] if options.quick else FORMATS
+        self.formats: tuple[tuple[int, int], ...] = FORMATS[:1] + FORMATS[4:5] if options.quick else FORMATS
         if k % 128:  # a group of 128 has a ragged tail there; 64 is what such models use
             self.formats = tuple((b, 64 if g == 128 else g) for b, g in self.formats)
             self.formats = tuple(dict.fromkeys(self.formats))

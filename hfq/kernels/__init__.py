@@ -124,13 +124,13 @@ def embedding(ids: torch.Tensor, packed: PackedWeight, dtype: torch.dtype | None
 
 
 def explain(
-    weight: PackedWeight | Runtime | Any, M: int = 1, dtype: torch.dtype | None = None, device: str | None = None,
+    weight: Any, M: int = 1, dtype: torch.dtype | None = None, device: str | None = None,
     memory: Memory = "compact",
 ) -> list[Choice]:
     """Every backend of the table for ``M`` rows: the one chosen, and for each other one why not.
 
     Args:
-        weight: a prepared weight (its layout is given), a canonical one (as :func:`prepare` would see it), or a packed
+        weight: a :class:`Runtime` (its layout is given), a :class:`PackedWeight` (as :func:`prepare` would see it), or a packed
             layer (its first slot).
         M: rows of ``x``.
         dtype: of the activations; default the one it was prepared for, float32 for a canonical weight.

@@ -191,7 +191,7 @@ def use(**ops: str) -> Iterator[None]:
 @functools.lru_cache(maxsize=4096)
 def _choose(case: Case, wanted: str | None) -> tuple[Row, tuple[tuple[str, str, bool], ...]]:
     """The row for a case, and ``(backend, reason, constraint)`` of every row passed over on the way."""
-    passed = []
+    passed: list[tuple[str, str, bool]] = []
     for row in TABLE:
         if row.op != case.op or (wanted is not None and row.backend != wanted):
             continue

@@ -7,6 +7,7 @@ dispatcher's microseconds). Arguments are tensors, strings and integers only; gr
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -91,13 +92,13 @@ def _wna16_dx_fake(
     return dy.new_empty(*dy.shape[:-1], format[2])
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     _, weight, names, layout, fmt = inputs
     ctx.save_for_backward(*weight)
     ctx.names, ctx.layout, ctx.format = names, layout, fmt
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, dy: torch.Tensor) -> tuple:
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple:
     weight = list(ctx.saved_tensors)
     dx = torch.ops.hfq.wna16_dx(dy, weight, ctx.names, ctx.layout, ctx.format)
     return dx, [None] * len(weight), None, None, None
