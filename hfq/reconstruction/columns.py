@@ -12,7 +12,9 @@ from torch import nn
 from hfq.calibration import hessian
 from hfq.calibration.step import Step
 from hfq.formats import PER_TENSOR, Codes, QuantSpec
-from hfq.rounding import gptq, nearest
+from hfq.reconstruction.direct import expert_matrices
+from hfq.rounding import nearest
+from hfq.rounding.gptq import Factor, factorise, solve, solve_many
 
 __all__ = ["Solver", "solve_block"]
 
@@ -42,8 +44,8 @@ class Solver:
         names = ("static_groups", "clip", "norm", "grid", "weigh_clip", "refine", "block_size")
         return {name: getattr(self, name) for name in names}
 
-    def factorise(self, matrix: torch.Tensor, name: str) -> gptq.Factor:
-        return gptq.factorise(matrix, percdamp=self.percdamp, act_order=self.act_order, name=name)
+    def factorise(self, matrix: torch.Tensor, name: str) -> Factor:
+        return factorise(matrix, percdamp=self.percdamp, act_order=self.act_order, name=name)
 
 
 def solve_block(
@@ -104,7 +106,7 @@ def _linears(
     found = moments[sites[0].name]
     factor = solver.factorise(found.matrix, names)
     matrices = [site.weight.detach().t() if site.kind == "transposed" else site.weight.detach() for site in sites]
-    solutions = gptq.solve_many(matrices, factor, spec, name=names, **solver.options())
+    solutions = solve_many(matrices, factor, spec, name=names, **solver.options())
     for site, (codes, stats) in zip(sites, solutions, strict=True):
         options = {"online": online[site.name], "folded": True} if site.name in online else {}
         step.swap(site, codes, asked=spec.to_dict(), tokens=found.tokens, extra=_rounded(stats), **options)
@@ -113,12 +115,12 @@ def _linears(
 def _experts(step: Step, site: Any, moments: Mapping[str, Any], spec: QuantSpec, solver: Solver) -> None:
     codes: dict[str, list[Codes]] = {}
     for name in site.tensors:
-        bank = getattr(site.module, name).detach()
+        bank = expert_matrices(site, name)
         codes[name] = []
         for number, matrix in enumerate(bank):
             label = f"{site.name}.{name}[{number}]"
             factor = solver.factorise(moments[name][number].matrix, label)
-            codes[name].append(gptq.solve(matrix, factor, spec, name=label, **solver.options())[0])
+            codes[name].append(solve(matrix, factor, spec, name=label, **solver.options())[0])
     step.swap_experts(site, codes, asked=spec.to_dict())
 
 

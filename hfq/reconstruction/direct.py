@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from hfq.formats import QuantSpec
@@ -12,7 +13,7 @@ from hfq.layers import swap
 from hfq.report import Report
 from hfq.rounding import nearest
 
-__all__ = ["pack_nearest", "pack_outside"]
+__all__ = ["expert_matrices", "pack_nearest", "pack_outside"]
 
 
 def pack_nearest(
@@ -25,7 +26,7 @@ def pack_nearest(
     asked = spec.to_dict()
     if site.kind == "experts":
         codes = {
-            name: [nearest.solve(matrix, spec, clip=clip) for matrix in getattr(site.module, name).detach()]
+            name: [nearest.solve(matrix, spec, clip=clip) for matrix in expert_matrices(site, name)]
             for name in site.tensors
         }
         swap.swap_experts(model, site.name, codes, report, asked=asked, reason=reason)
@@ -36,6 +37,12 @@ def pack_nearest(
     else:
         why = f"no packed layer for sites of kind {site.kind!r}"
         report.refuse(site.name, why, kind=site.kind, asked=asked, numel=site.numel)
+
+
+def expert_matrices(site: Any, name: str) -> torch.Tensor:
+    """Parameter ``name`` of a bank of experts as ``[E, out, in]``; some banks keep ``[E, in, out]`` and say so."""
+    bank: torch.Tensor = getattr(site.module, name).detach()
+    return bank.transpose(1, 2) if getattr(site.module, "is_transposed", False) else bank
 
 
 def pack_outside(plan: Any, config: Any, report: Report, *, clip: str = "none") -> None:
