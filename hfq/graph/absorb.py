@@ -22,8 +22,8 @@ from torch import nn
 from hfq.errors import QuantizationError
 from hfq.graph.read import Site
 
-__all__ = ["Matrix", "Norm", "Rotation", "add_bias", "fold_norm", "matrix_of", "rotate_inputs", "rotate_outputs",
-           "scale_inputs", "scale_outputs"]
+__all__ = ["Matrix", "Norm", "Rotation", "add_bias", "check_fold", "fold_norm", "matrix_of", "rotate_inputs",
+           "rotate_outputs", "scale_inputs", "scale_outputs"]
 
 
 # A matrix ``q``, or a function that multiplies the last axis of a float64 tensor by it (fast transforms).
@@ -168,6 +168,17 @@ def add_bias(matrix: Matrix, shift: torch.Tensor) -> None:
     _write(bias, bias.double() + product)
 
 
+def check_fold(norm: Norm, bias_moves: bool) -> None:
+    """Raise a QuantizationError if a bias that stays would have to be divided by a gain of (almost) zero."""
+    gain, bias = norm.get_gain(), norm.get_bias()
+    if bias is None or bias_moves:
+        return
+    small = (gain.abs() <= 1e-6 * gain.abs().max()) & (bias != 0)
+    if bool(small.any()):
+        raise QuantizationError(f"{norm.name}: channel {int(small.nonzero()[0])} has a bias but no gain, and a "
+                                "reader has no bias to take it")
+
+
 @torch.no_grad()
 def fold_norm(norm: Norm, readers: Sequence[tuple[Matrix, torch.Tensor]], bias_moves: bool) -> None:
     """Move the gain of a norm into its readers; its gain becomes one.
@@ -180,12 +191,9 @@ def fold_norm(norm: Norm, readers: Sequence[tuple[Matrix, torch.Tensor]], bias_m
     Raises:
         QuantizationError: a bias would have to be divided by a gain of (almost) zero.
     """
+    check_fold(norm, bias_moves)
     gain, bias = norm.get_gain(), norm.get_bias()
-    if bias is not None and bool(bias.any()) and not bias_moves:
-        small = (gain.abs() <= 1e-6 * gain.abs().max()) & (bias != 0)
-        if bool(small.any()):
-            raise QuantizationError(f"{norm.name}: channel {int(small.nonzero()[0])} has a bias but no gain, and a "
-                                    "reader has no bias to take it")
+    if bias is not None and not bias_moves:
         norm.set_bias(torch.where(bias == 0, bias, bias / gain))
     for matrix, index in readers:
         index = index.to(gain.device)

@@ -107,6 +107,12 @@ class Pair:
     reason: str = ""
 
     @property
+    def modules(self) -> list[str]:
+        """Names of all modules that take part."""
+        links = (*self.sources, *self.readers, *self.partners)
+        return list(dict.fromkeys([link.name for link in links] + [norm.name for norm in self.norms]))
+
+    @property
     def members(self) -> list[str]:
         """Names with their rows: sources, then readers, then partners."""
         return [str(link) for link in (*self.sources, *self.readers, *self.partners)]

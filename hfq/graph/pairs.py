@@ -13,7 +13,7 @@ from hfq.errors import ConfigError, QuantizationError
 from hfq.graph.absorb import Matrix, Norm, matrix_of
 from hfq.graph.links import Link, Pair, PairReport
 from hfq.graph.norms import probe
-from hfq.graph.proof import BlockCopy, double_precision
+from hfq.graph.proof import BlockCopy
 from hfq.graph.propose import Candidates, propose
 from hfq.graph.prove import RERUN_ERRORS, prove_pairs, prove_rotation
 from hfq.graph.read import Block, Plan
@@ -106,10 +106,9 @@ class _Examiner:
         for pair in (*pairs, rotation):
             _refuse_shared(pair, self.shared)
         try:
-            with double_precision():
-                copy = BlockCopy(call)
-                prove_pairs(pairs, copy, self.generator)
-                prove_rotation(rotation, pairs, copy, self.generator)
+            copy = BlockCopy(call)
+            prove_pairs(pairs, copy, self.generator)
+            prove_rotation(rotation, pairs, copy, self.generator)
         except RERUN_ERRORS as error:
             reason = f"{call.block.name} cannot be run again by itself in float64: {type(error).__name__}: {error}"
             for pair in (*pairs, rotation):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,22 +96,21 @@ def floats(tree: Any) -> list[torch.Tensor]:
     return found
 
 
-def random_rotation(
-    size: int, generator: torch.Generator, fix_ones: bool = False, reflections: int = 16
-) -> torch.Tensor:
-    """A dense orthogonal float64 matrix ``[size, size]``: a product of random reflections.
+def random_rotation(size: int, generator: torch.Generator, fix_ones: bool = False, rank: int = 16) -> torch.Tensor:
+    """An orthogonal float64 matrix ``[size, size]``: two reflections in random subspaces (not symmetric).
 
-    With ``fix_ones`` every reflection is orthogonal to the vector of ones, which the product then leaves in place.
+    With ``fix_ones`` the subspaces are orthogonal to the vector of ones, which the product then leaves in place.
     """
-    rotation = torch.eye(size, dtype=torch.float64)
-    for _ in range(reflections):
-        v = torch.randn(size, generator=generator, dtype=torch.float64)
+    reflections = []
+    for _ in range(2):
+        basis = torch.randn(size, max(1, min(rank, size // 2)), generator=generator, dtype=torch.float64)
         if fix_ones:
-            v = v - v.mean()
-        if float(v.norm()) > 1e-12:  # one channel that must fix the ones vector has no other rotation
-            v = v / v.norm()
-            rotation = rotation - 2 * torch.outer(rotation @ v, v)
-    return rotation
+            basis = basis - basis.mean(0)
+        if size > 1:  # a single channel that must fix the ones vector has no other rotation
+            basis = torch.linalg.qr(basis)[0]
+        reflections.append(basis)
+    u, w = reflections
+    return torch.eye(size, dtype=torch.float64) - 2 * (u @ u.t() + w @ w.t() - 2 * u @ (u.t() @ w) @ w.t())
 
 
 class BlockCopy:
@@ -139,9 +138,10 @@ class BlockCopy:
         return self.module.get_submodule(name[len(self.name) + 1:] if name != self.name else "")
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
-        """Parameters changed inside are restored afterwards."""
-        saved = [(p, p.detach().clone()) for p in self.module.parameters()]
+    def undone(self, names: Iterable[str]) -> Iterator[None]:
+        """Parameters of the modules ``names`` that are changed inside are restored afterwards."""
+        modules = [self.own(name) for name in dict.fromkeys(names)]
+        saved = [(p, p.detach().clone()) for m in modules for p in m._parameters.values() if p is not None]
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hfq.errors import QuantizationError
+from hfq.graph.absorb import check_fold
 from hfq.graph.links import Pair, apply_fold, apply_heads, apply_rotation, apply_scale
 from hfq.graph.proof import TOLERANCE, BlockCopy, floats, random_rotation, relative_error
 
@@ -24,14 +25,14 @@ Change = Callable[[Pair], None]
 
 def prove_pairs(pairs: Sequence[Pair], copy: BlockCopy, generator: torch.Generator) -> None:
     """Set ``proven``, ``error``, ``reason`` and ``rotates`` of the pairs of one block; refused pairs stay refused."""
-    open_pairs = [pair for pair in pairs if not pair.reason]
-    for pair in open_pairs:
+    pairs = [pair for pair in pairs if not pair.reason]
+    for pair in pairs:
         try:
             for link in (*pair.sources, *pair.readers, *pair.partners):
                 link.check()
         except QuantizationError as error:
             pair.refuse(str(error))
-    open_pairs = [pair for pair in open_pairs if not pair.reason]
+    pairs = [pair for pair in pairs if not pair.reason]
 
     def scale(pair: Pair) -> None:
         values = torch.empty(pair.classes, dtype=torch.float64).uniform_(-0.7, 0.7, generator=generator).exp()
@@ -39,25 +40,29 @@ def prove_pairs(pairs: Sequence[Pair], copy: BlockCopy, generator: torch.Generat
             values *= torch.randint(0, 2, values.shape, generator=generator) * 2 - 1
         apply_scale(pair, values, copy.own)
 
-    for pair, error in _errors(open_pairs, scale, copy):
-        pair.proven, pair.error = error <= TOLERANCE, error
+    def scale_and_turn(pair: Pair) -> None:
+        scale(pair)
+        if pair.heads is not None:
+            apply_heads(pair, random_rotation(pair.heads.shape[1], generator), copy.own)
+
+    again = []
+    for pair, error in _errors(pairs, scale_and_turn, copy):
+        pair.error, pair.proven = error, error <= TOLERANCE
+        pair.rotates = pair.proven and pair.heads is not None
+        if not pair.proven:
+            again.append(pair)
+    for pair, error in _errors(again, scale, copy):  # without the rotation of the heads
+        pair.error, pair.proven = error, error <= TOLERANCE
         if not pair.proven:
             pair.refuse(f"a random scale changes the block's output by {error:.1e}", error)
-    _prove_folds([pair for pair in open_pairs if pair.kind == "norm" and pair.proven], copy)
-
-    def heads(pair: Pair) -> None:
-        assert pair.heads is not None
-        apply_heads(pair, random_rotation(pair.heads.shape[1], generator), copy.own)
-
-    for pair, error in _errors([p for p in open_pairs if p.heads is not None and p.proven], heads, copy):
-        pair.rotates = error <= TOLERANCE
+    _prove_folds([pair for pair in pairs if pair.kind == "norm" and pair.proven], copy)
 
 
 def _errors(pairs: Sequence[Pair], change: Change, copy: BlockCopy) -> list[tuple[Pair, float]]:
     """How much the block's output moves: for all pairs together, or one by one if that is too much."""
     if not pairs:
         return []
-    with copy.undone():
+    with copy.undone(name for pair in pairs for name in pair.modules):
         for pair in pairs:
             change(pair)
         error = relative_error(copy.run(), copy.reference)
@@ -68,25 +73,24 @@ def _errors(pairs: Sequence[Pair], change: Change, copy: BlockCopy) -> list[tupl
 
 def _prove_folds(pairs: Sequence[Pair], copy: BlockCopy) -> None:
     """The folds themselves, with the bias where it may move; else with the bias left in the norm."""
-    for moves in (True, False):
-        trying = [pair for pair in pairs if pair.bias_moves or not moves]
-        possible = []
-        for pair in trying:
-            pair.bias_moves = pair.bias_moves and moves
+    def fold(pair: Pair) -> None:
+        apply_fold(pair, copy.own)
+
+    for pair, error in _errors([pair for pair in pairs if pair.bias_moves], fold, copy):
+        pair.error = max(pair.error or 0.0, error)
+        if error > TOLERANCE:
+            pair.bias_moves = False
+    for pair in pairs:
+        if not pair.bias_moves:
             try:
-                with copy.undone():
-                    apply_fold(pair, copy.own)
-                possible.append(pair)
+                check_fold(pair.sources[0].part, False)  # type: ignore[arg-type]
             except QuantizationError as error:
                 pair.refuse(str(error))
-        for pair, error in _errors(possible, lambda pair: apply_fold(pair, copy.own), copy):
-            if error > TOLERANCE and not moves:
-                pair.refuse(f"folding the gain changes the block's output by {error:.1e}", error)
-            elif error > TOLERANCE:
-                pair.bias_moves = False
-            else:
-                pair.error = max(pair.error or 0.0, error)
-        pairs = [pair for pair in pairs if not pair.bias_moves and not pair.reason]
+    staying = [pair for pair in pairs if not pair.bias_moves and not pair.reason]
+    for pair, error in _errors(staying, fold, copy):
+        pair.error = error
+        if error > TOLERANCE:
+            pair.refuse(f"folding the gain changes the block's output by {error:.1e}", error)
 
 
 def prove_rotation(pair: Pair, pairs: Sequence[Pair], copy: BlockCopy, generator: torch.Generator) -> None:
@@ -104,7 +108,7 @@ def prove_rotation(pair: Pair, pairs: Sequence[Pair], copy: BlockCopy, generator
             pair.refuse(f"the gain of {norm.name} cannot be folded: {why}")
             return
     rotation = random_rotation(pair.width, generator, pair.fix_ones)
-    with copy.undone():
+    with copy.undone(name for changed in (pair, *folds) for name in changed.modules):
         for fold in folds:
             apply_fold(fold, copy.own)
         apply_rotation(pair, rotation, copy.name, copy.own)
