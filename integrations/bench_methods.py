@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,11 @@ _GRID = {"group_size": 64, "symmetric": False}
 
 @dataclass(frozen=True)
 class Case:
-    """One row: ``method`` empty is the float model."""
+    """One row: ``method`` empty is the float model.
+
+    The option "order" of layer-wise rows is not the method's: it replaces the importance of the blocks by a random one
+    or by the reverse of the method's own, the controls that its paper compares with.
+    """
 
     name: str
     method: str = ""
@@ -47,7 +52,7 @@ def _case(name: str, method: str, *, rescaled: bool = False, **options: Any) -> 
 
 SEARCH = {"clip": "mse", "clip_norm": 2.0, "clip_grid": 40, "weigh_clip": True}
 RSQ = {"r_min": 0.1, **SEARCH}
-FLEXROUND = {"steps": 200, "lr": 1e-3, "calibration_batch_size": 8}
+FLEXROUND = {"steps": 200, "lr": 1e-3, "batch_size": 8, "clip": "mse"}
 
 
 def _layerwise(bits: tuple[int, int], target: float) -> list[Case]:
@@ -102,7 +107,9 @@ def measure(case: Case, model: str | Path, train: str, windows: Sequence[Sequenc
     if case.rescaled:
         rescale.rescale(loaded)
     if case.method:
-        config = hfq.HfqConfig(method=case.method, processor=AutoTokenizer.from_pretrained(model), **case.options)
+        processor = AutoTokenizer.from_pretrained(model)
+        options = _with_control(loaded, dict(case.options), train, processor)
+        config = hfq.HfqConfig(method=case.method, processor=processor, **options)
         report = hfq.quantize(loaded, config, [train] if config.needs_calibration else None)
         row |= {
             "bits_per_weight": report.bits_per_weight(),
@@ -116,6 +123,24 @@ def measure(case: Case, model: str | Path, train: str, windows: Sequence[Sequenc
     row["evaluation_seconds"] = round(time.perf_counter() - started, 1)
     row["machine"] = machine()
     return row
+
+
+def _with_control(model: Any, options: dict[str, Any], train: str, processor: Any) -> dict[str, Any]:
+    """Turn the option "order" into an importance of every block."""
+    from hfq import graph
+    from hfq.allocation import sensitivity
+    from hfq.calibration import data
+
+    order = options.pop("order", None)
+    if order is None:
+        return options
+    plan = graph.read(model)
+    if order == "random":
+        draw = random.Random(options["seed"])
+        return options | {"importance": {block.name: draw.random() for block in plan.blocks}}
+    batches = data.normalise([train], processor=processor, samples=50, seqlen=options["calibration_seqlen"], seed=0)
+    own = sensitivity.input_modifications(plan, batches)
+    return options | {"importance": {name: -value for name, value in own.items()}}
 
 
 def run(
