@@ -130,8 +130,8 @@ def explain(
     """Every backend of the table for ``M`` rows: the one chosen, and for each other one why not.
 
     Args:
-        weight: a :class:`Runtime` (its layout is given), a :class:`PackedWeight` (as :func:`prepare` sees it), or a packed
-            layer (its first slot).
+        weight: a :class:`Runtime` (its layout is given), a :class:`PackedWeight` (as :func:`prepare` sees it), or a
+            packed layer (its first slot).
         M: rows of ``x``.
         dtype: of the activations; default the one it was prepared for, float32 for a canonical weight.
         device: device type; default where the weight lies.
