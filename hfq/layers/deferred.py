@@ -26,7 +26,7 @@ class Deferred(torch.Tensor):
     _make: Callable[[], torch.Tensor]
     # transformers initialises weights in place unless they carry this mark: there is nothing to initialise here.
     _is_hf_initialized = True
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -44,7 +44,7 @@ class Deferred(torch.Tensor):
         return self._make()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         for position, argument in enumerate(func._schema.arguments):
             written = argument.alias_info is not None and argument.alias_info.is_write

@@ -167,12 +167,13 @@ class QExperts(PackedModule):
 
 
 @functools.cache
-def _class_for(base: type[nn.Module]) -> type[QExperts]:
+def _class_for(base: Any) -> type[QExperts]:
     return type(f"Q{base.__name__}", (QExperts, base), {"_float_class": base, "__doc__": QExperts.__doc__})
 
 
 def _blank(base: type[nn.Module]) -> QExperts:
-    return _class_for(base).__new__(_class_for(base))
+    packed = _class_for(base)  # type: ignore[arg-type]
+    return packed.__new__(packed)
 
 
 # What belongs to one module object and not to its replacement.

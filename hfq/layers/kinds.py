@@ -44,7 +44,7 @@ def kind_of(module: nn.Module) -> str:
 
 def matrix_of(module: nn.Module, kind: str) -> torch.Tensor:
     """The float weight as ``[out, in]``."""
-    weight = module.weight.detach()
+    weight: torch.Tensor = module.weight.detach()  # type: ignore[operator, union-attr]
     return weight.t() if kind == "conv1d" else weight
 
 
@@ -84,6 +84,7 @@ def to_float(module: PackedModule, dtype: torch.dtype | None) -> nn.Module:
         assert isinstance(module, PackedMatrix)
         new = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
     new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    if getattr(module, "bias", None) is not None:
-        new.bias = nn.Parameter(module.bias.detach().to(weight.dtype), requires_grad=False)
+    bias = module._parameters.get("bias")
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
     return new

@@ -28,6 +28,8 @@ class PackedMatrix(PackedModule):
         device: of the empty tensors.
     """
 
+    bias: nn.Parameter | None
+    _kind: str
     _transposed = False
     float_class: type[nn.Module] | None = None  # what `dequantize_modules` puts back; None: nn.Linear
 

@@ -169,7 +169,7 @@ def _orthogonal(size: int, matrix: torch.Tensor | None, device: Any) -> torch.Te
 
 
 def _rotate_in(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    rotation = module.hfq_rotation_in
+    rotation: Any = module.hfq_rotation_in
     if "hidden_states" in kwargs:
         return args, {**kwargs, "hidden_states": rotation(kwargs["hidden_states"])}
     if not args or not isinstance(args[0], torch.Tensor):
@@ -178,7 +178,7 @@ def _rotate_in(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
 
 
 def _rotate_out(module: nn.Module, args: tuple, output: Any) -> Any:
-    rotation = module.hfq_rotation_out
+    rotation: Any = module.hfq_rotation_out
     if isinstance(output, torch.Tensor):
         return rotation(output)
     if isinstance(output, dict):  # a ModelOutput: its first entry is the hidden state
@@ -186,7 +186,7 @@ def _rotate_out(module: nn.Module, args: tuple, output: Any) -> Any:
         output[key] = rotation(output[key])
         return output
     if isinstance(output, tuple) and hasattr(output, "_replace"):
-        return output._replace(**{output._fields[0]: rotation(output[0])})
+        return output._replace(**{output._fields[0]: rotation(output[0])})  # type: ignore[attr-defined]
     if isinstance(output, (tuple, list)):
         return type(output)([rotation(output[0]), *output[1:]])
     raise QuantizationError(f"{type(module).__name__} returned {type(output).__name__}: its rotation cannot be undone")
@@ -258,8 +258,8 @@ def empty_rotation(block: nn.Module, entry: Mapping[str, Any], name: str, widths
         CheckpointError: the entry makes no sense.
     """
     inner, side, kind, size = entry.get("block"), entry.get("side"), entry.get("kind"), entry.get("size")
-    whole = isinstance(size, int) and not isinstance(size, bool)
-    if set(entry) != {"module", "block", "side", "kind", "size"} or side not in ("in", "out") or not whole or size < 1:
+    known = set(entry) == {"module", "block", "side", "kind", "size"} and side in ("in", "out")
+    if not known or side is None or not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise CheckpointError(f"the rotation of {name!r} in the manifest is damaged: {dict(entry)}")
     if size not in widths:
         raise CheckpointError(f"the rotation of {name!r} in the manifest has size {size}, which fits nothing there")
@@ -271,6 +271,6 @@ def empty_rotation(block: nn.Module, entry: Mapping[str, Any], name: str, widths
         raise CheckpointError(f"{name} rotates its stream already, and otherwise than the manifest says")
     device = next((p.device for p in block.parameters()), torch.device("cpu"))
     try:
-        return StreamRotation(size, str(kind), side, block=inner, device=device)
+        return StreamRotation(size, str(kind), side, block=inner, device=device)  # type: ignore[arg-type]
     except (QuantizationError, TypeError) as error:
         raise CheckpointError(f"the rotation of {name!r} in the manifest cannot be built: {error}") from error

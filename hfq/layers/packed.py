@@ -218,8 +218,8 @@ class PackedModule(nn.Module):
             start = parameter.untyped_storage().data_ptr()
             tensors = [t for runtime in runtimes for t in runtime.tensors.values()]
             if not any(t.untyped_storage().data_ptr() == start for t in tensors):
-                self._parameters[name] = _canonical(runtimes, parameter, slot)
-            self._runtimes[key], self._held[key] = runtimes, self._parameters[name]
+                self._parameters[name] = _canonical(runtimes, parameter, slot)  # type: ignore[assignment]
+            self._runtimes[key], self._held[key] = runtimes, self._parameters[name]  # type: ignore[assignment]
         self._memory = memory
         return True
 
@@ -237,7 +237,7 @@ class PackedModule(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that the layer holds at present, runtime layouts and biases included."""
-        tensors = [p for p in self.parameters() if not isinstance(p, Deferred)]
+        tensors: list[torch.Tensor] = [p for p in self.parameters() if not isinstance(p, Deferred)]
         tensors += [t for runtimes in self._runtimes.values() for r in runtimes for t in r.tensors.values()]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())

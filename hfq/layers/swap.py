@@ -61,8 +61,8 @@ def swap(
     new.set_codes("weight", codes, device)
     if online is not None:
         online.to(device)
-    error = None if weight.is_meta else _relative_error([(weight, codes)], None if folded else online)
-    if error is not None and not error < float("inf"):
+    distance = None if weight.is_meta else _relative_error([(weight, codes)], None if folded else online)
+    if distance is not None and not distance < float("inf"):
         raise QuantizationError(f"{name}: the codes decode to values that are not finite")
     model.set_submodule(name, new)
     if report is not None:
@@ -71,7 +71,7 @@ def swap(
             bits += 8 * sum(p.nbytes for p in online.parameters()) / codes.codes.numel()
         report.add(Row(
             name, kind=kind, reason=reason, asked=dict(asked or codes.spec.to_dict()), bits=bits,
-            numel=codes.codes.numel(), error=error, tokens=tokens, kernel=_kernel(new), extra=dict(extra or {}),
+            numel=codes.codes.numel(), error=distance, tokens=tokens, kernel=_kernel(new), extra=dict(extra or {}),
         ))  # fmt: skip
     return new
 
