@@ -58,12 +58,14 @@ def placement(
 
     @contextmanager
     def place(block: nn.Module) -> Iterator[None]:
+        name = next((n for n, module in model.named_modules() if module is block), None)
         taken = _take(block)
         try:
             yield
         finally:
             if taken.execution_device is not None:
-                _give_back(block, taken, store)
+                # A layer that is placed by itself may have been replaced meanwhile.
+                _give_back(block if name is None else model.get_submodule(name), taken, store)
 
     return place
 
@@ -158,16 +160,24 @@ def _forget(weights: Any, name: str) -> None:
         weights.pop(name, None)
 
 
+class _Owned:
+    """A file that is removed when the last map that reads it is gone: placing a block again writes a new one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        weakref.finalize(self, path.unlink, missing_ok=True)
+
+
 class _File(Mapping[str, torch.Tensor]):
     """Tensors of one safetensors file below a prefix, read when asked for."""
 
-    def __init__(self, path: Path, prefix: str, names: list[str]) -> None:
-        self.path, self.prefix, self.names = path, prefix, names
+    def __init__(self, file: _Owned, prefix: str, names: list[str]) -> None:
+        self.file, self.prefix, self.names = file, prefix, names
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.names:
             raise KeyError(name)
-        with safe_open(self.path, framework="pt", device="cpu") as file:
+        with safe_open(self.file.path, framework="pt", device="cpu") as file:
             return file.get_tensor(self.prefix + name)
 
     def __iter__(self) -> Iterator[str]:
@@ -223,7 +233,7 @@ def _tensor(module: nn.Module, name: str) -> torch.Tensor:
     return owner._buffers[leaf] if found is None else found  # type: ignore[return-value]
 
 
-def _write(owners: dict[str, tuple[nn.Module, list[str]]], path: Path) -> Path:
+def _write(owners: dict[str, tuple[nn.Module, list[str]]], path: Path) -> _Owned:
     """One file with all tensors of the block, complete before anything points at it."""
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -235,4 +245,4 @@ def _write(owners: dict[str, tuple[nn.Module, list[str]]], path: Path) -> Path:
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary)
     os.replace(temporary, path)
-    return path
+    return _Owned(path)

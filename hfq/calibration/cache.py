@@ -208,12 +208,12 @@ class ActivationCache(Sequence[tuple[tuple[Any, ...], dict[str, Any]]]):
         self,
         store: Store,
         calls: Sequence[Any],
-        stream: Sequence[Sequence[Stored]] | None = None,
+        stream: Sequence[Sequence[Stored | None]] | None = None,
         main: TreePath | None = None,
         copy: bool = False,
     ) -> None:
         self.store, self.calls, self.main, self.copy = store, list(calls), main, copy
-        self.stream = [()] * len(self.calls) if stream is None else list(stream)
+        self.stream: list[Sequence[Stored | None]] = [()] * len(self.calls) if stream is None else list(stream)
 
     def __len__(self) -> int:
         return len(self.calls)
@@ -221,20 +221,25 @@ class ActivationCache(Sequence[tuple[tuple[Any, ...], dict[str, Any]]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        filled = self.stream[index]
 
         def load(path: TreePath, leaf: Any) -> torch.Tensor:
-            tensor = self.store.get(filled[leaf.index] if isinstance(leaf, Slot) else leaf)
+            tensor = self._read(index, leaf)
             return tensor.clone() if self.copy else tensor
 
         args, kwargs = rebuild(self.calls[index], load, (Stored, Slot))
         return args, kwargs
 
+    def _read(self, index: int, leaf: Stored | Slot) -> torch.Tensor:
+        stored = self.stream[index][leaf.index] if isinstance(leaf, Slot) else leaf
+        if stored is None:
+            raise QuantizationError(f"the block before did not give tensor {leaf} of call {index}")
+        return self.store.get(stored)
+
     def hidden(self, index: int) -> torch.Tensor:
         """The hidden state that enters the block, ``[B, T, hidden]`` for a language model."""
         for path, leaf in leaves(self.calls[index], (Stored, Slot)):
             if path == self.main:
-                return self.store.get(self.stream[index][leaf.index] if isinstance(leaf, Slot) else leaf)
+                return self._read(index, leaf)
         raise QuantizationError(f"call {index} of the block has no tensor at {self.main}")
 
     def release(self) -> None:

@@ -191,7 +191,8 @@ def _stubs(stack: Stack) -> Iterator[None]:
         given = dict(leaves((args, kwargs)))
 
         def fill(path: TreePath, tensor: torch.Tensor) -> torch.Tensor:
-            passed = given.get(sources.get(path))
+            source = sources.get(path)
+            passed = None if source is None else given.get(source)
             return tensor if passed is None else passed
 
         return rebuild(wiring.template, fill)

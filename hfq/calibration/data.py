@@ -121,8 +121,8 @@ def normalise(
         calls = [row_forms.call(item, n) for n, item in enumerate(itertools.islice(items, samples))]
         batches = calls
     else:
-        rows = itertools.islice(row_forms.rows(items, accepted, seqlen), samples)
-        batches = row_forms.batch(list(rows), batch_size, text_forms.padding(processor))
+        kept = list(itertools.islice(row_forms.rows(items, accepted, seqlen), samples))
+        batches = row_forms.batch(kept, batch_size, text_forms.padding(processor))
     result = Batches(batches)
     result.descriptor = {
         "source": source,

@@ -30,7 +30,7 @@ class Bank(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         # Fused implementations hide the experts; the plain loop over them is the reference.
-        config = getattr(self.site.module, "config", None)
+        config: Any = getattr(self.site.module, "config", None)
         if getattr(config, "_experts_implementation", "eager") not in (None, "eager"):
             self.saved = (config, config._experts_implementation)
             config._experts_implementation = "eager"

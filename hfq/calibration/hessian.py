@@ -172,7 +172,8 @@ class _Collector:
         inputs: dict[str, list[int]] = {}
         for site, x in self.pending:
             inputs.setdefault(site.name, []).append(id(x))
-        self.leader, first = {}, {}
+        self.leader = {}
+        first: dict[tuple[str, tuple[int, ...]], str] = {}
         kinds = {site.name: site.kind for site, _ in self.pending}
         for name, ids in inputs.items():
             shared = ("matrix" if kinds[name] in ("linear", "transposed") else name, tuple(ids))

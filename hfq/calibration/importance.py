@@ -6,6 +6,7 @@ goes from a step to what ``hessian.collect`` takes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -148,8 +149,8 @@ def attention(step: Step) -> Scores:
         args, kwargs = to_device(step.inputs[i], device_of(step.block.module))
         with torch.no_grad(), _visible_attention(step.block.module) as switched:
             if switched:
-                args, kwargs = rebuild((args, kwargs), lambda _, t, h=hidden: _four_axes(t, h))
-            mode = _Attention(*hidden.shape[:2], mask, _has_cross_attention(kwargs, args), last)
+                args, kwargs = rebuild((args, kwargs), functools.partial(_four_axes, hidden))
+            mode = _Attention(hidden.shape[0], hidden.shape[1], mask, _has_cross_attention(kwargs, args), last)
             with mode, suppress(Stop):
                 step.block.module(*args, **kwargs)
             last = mode.seen
@@ -167,7 +168,7 @@ def _has_cross_attention(kwargs: dict[str, Any], args: Sequence[Any]) -> bool:
     return named or sum(isinstance(a, torch.Tensor) and a.ndim == 3 and a.is_floating_point() for a in args) > 1
 
 
-def _four_axes(tensor: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def _four_axes(hidden: torch.Tensor, path: Any, tensor: torch.Tensor) -> torch.Tensor:
     """A padding mask ``[B, T]``, as some kernels take it, as the causal mask that sdpa needs."""
     if tensor.ndim != 2 or tensor.is_floating_point() or tensor.shape != hidden.shape[:2] or int(tensor.max()) > 1:
         return tensor
@@ -207,8 +208,9 @@ def token_sim(step: Step) -> Scores:
 
 def token_freq(step: Step) -> Scores:
     """How often a token occurs in the whole calibration set, negated."""
-    ids = [step.batch(i).get("input_ids") for i in range(len(step))]
-    if any(not isinstance(one, torch.Tensor) for one in ids):
+    found = [step.batch(i).get("input_ids") for i in range(len(step))]
+    ids = [one for one in found if isinstance(one, torch.Tensor)]
+    if len(ids) != len(found):
         raise DataError("token frequency needs data with input_ids")
     size = 1 + max([int(one.max()) for one in ids], default=0)
     size = max(ranks.gather(size))

@@ -20,6 +20,7 @@ from hfq.calibration import data, hessian, walk
 from hfq.formats import QuantSpec, affine
 from hfq.graph import read
 from hfq.integrations.accelerate import is_offloaded, placement
+from hfq.layers import swap
 from hfq.report import Report
 
 SIZES: dict[str, Any] = {
@@ -130,6 +131,32 @@ def test_an_error_in_the_loop_leaves_a_working_model(tmp_path: Path) -> None:
     next(steps)
     steps.close()
     assert meta_blocks(model) == [True, False, True, True] and torch.equal(model(IDS).logits, before)
+
+
+def test_placing_again_and_placing_one_layer(tmp_path: Path) -> None:
+    """A float change first (norms folded, say), then a layer that is replaced while it is placed by itself."""
+    model, ids = mixed("llama", tmp_path), IDS
+    place = placement(model)
+    assert place is not None
+    for block in read(model).blocks:
+        with place(block.module):
+            block.module.mlp.down_proj.weight.data.mul_(2)
+    assert meta_blocks(model) == [True, False, True, True]
+    reference = make()
+    for layer in reference.model.layers:
+        layer.mlp.down_proj.weight.data.mul_(2)
+    assert torch.equal(model(ids).logits, reference(ids).logits)
+    for which in (model, reference):
+        site = read(which).site("model.layers.0.mlp.up_proj")
+        with place(site.module):
+            swap.swap(which, site.name, affine.quantize(site.weight.detach(), QuantSpec(4, 32)))
+    assert meta_blocks(model) == [True, False, True, True], "the packed layer is offloaded too"
+    assert torch.equal(model(ids).logits, reference(ids).logits)
+    files = len(list(tmp_path.rglob("hfq-packed-*/*.safetensors")))
+    assert files == 4, "three blocks and the layer"
+    assert len(list(walk.walk(read(model), data.normalise(ids), placement=place))) == 4
+    assert meta_blocks(model) == [True, False, True, True]
+    assert len(list(tmp_path.rglob("hfq-packed-*/*.safetensors"))) == 3, "old files are removed"
 
 
 def test_nothing_to_do_in_memory() -> None:

@@ -44,7 +44,7 @@ said.close()
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral", "hfq.calibration.walk"]
+    ["transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral", "hfq.calibration.walk"]
 )
 
 
