@@ -119,9 +119,7 @@ def quantize(model: nn.Module, config: HfqConfig, data: Any = None) -> Report:
 
 def explain(model: nn.Module) -> dict[str, Any]:
     """Which kernel serves each packed layer on its device, and why the others were passed over."""
-    from hfq.kernels import explain as explain_layer
-
-    return {name: explain_layer(model.get_submodule(name), 1) for name in _packed_names(model, "explain")}
+    return {name: model.get_submodule(name).explain() for name in _packed_names(model, "explain")}
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
