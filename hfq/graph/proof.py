@@ -81,7 +81,8 @@ def to_double(tree: Any) -> Any:
 def relative_error(found: Any, expected: Any) -> float:
     """Largest ``||a - b|| / ||b||`` over the floating tensors of two outputs of the same structure."""
     pairs = zip(floats(found), floats(expected), strict=True)
-    errors = [float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)) for a, b in pairs]
+    doubles = ((a.detach().double(), b.detach().double()) for a, b in pairs)
+    errors = [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in doubles]
     return max((e if e == e else float("inf") for e in errors), default=float("inf"))
 
 

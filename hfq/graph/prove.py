@@ -30,8 +30,8 @@ def prove_pairs(pairs: Sequence[Pair], copy: BlockCopy, generator: torch.Generat
         try:
             for link in (*pair.sources, *pair.readers, *pair.partners):
                 link.check()
-        except QuantizationError as error:
-            pair.refuse(str(error))
+        except QuantizationError as problem:
+            pair.refuse(str(problem))
     pairs = [pair for pair in pairs if not pair.reason]
 
     def scale(pair: Pair) -> None:
@@ -84,8 +84,8 @@ def _prove_folds(pairs: Sequence[Pair], copy: BlockCopy) -> None:
         if not pair.bias_moves:
             try:
                 check_fold(pair.sources[0].part, False)  # type: ignore[arg-type]
-            except QuantizationError as error:
-                pair.refuse(str(error))
+            except QuantizationError as problem:
+                pair.refuse(str(problem))
     staying = [pair for pair in pairs if not pair.bias_moves and not pair.reason]
     for pair, error in _errors(staying, fold, copy):
         pair.error = error

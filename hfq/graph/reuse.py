@@ -18,7 +18,8 @@ __all__ = ["moved", "signature"]
 
 def signature(trace: Trace, call: BlockCall) -> tuple[Any, ...]:
     """What a block did, free of its name: equal for two blocks exactly if their steps are wired alike."""
-    prefix, numbers = call.block.name + ".", {}
+    prefix = call.block.name + "."
+    numbers: dict[Value, int] = {}
     for value in call.entries:
         numbers.setdefault(value, len(numbers))
     steps = []
@@ -59,6 +60,7 @@ def moved(pair: Pair, model: nn.Module, old: str, new: str) -> Pair:
 
     return replace(
         pair, place=new, sources=links(pair.sources), readers=links(pair.readers), partners=links(pair.partners),
-        norms=[part(norm) for norm in pair.norms], blocks=[new if b == old else b for b in pair.blocks],
+        norms=[part(norm) for norm in pair.norms],  # type: ignore[misc]
+        blocks=[new if b == old else b for b in pair.blocks],
         reason=name(pair.reason + ".")[:-1], reader_heads=list(pair.reader_heads),
     )

@@ -279,12 +279,13 @@ def online_of(module: nn.Module) -> online.Hadamard | None:
 @contextmanager
 def without_online(module: nn.Module) -> Iterator[None]:
     """Run a float module on inputs that are transformed already."""
-    hooks = {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _OnlineInput)}
-    for key in hooks:
-        del module._forward_pre_hooks[key]
+    before = dict(module._forward_pre_hooks)
+    for key, hook in before.items():
+        if isinstance(hook, _OnlineInput):
+            del module._forward_pre_hooks[key]
     try:
         yield
     finally:
-        module._forward_pre_hooks.update(hooks)
-        for key in hooks:
-            module._forward_pre_hooks.move_to_end(key, last=False)
+        later = {key: hook for key, hook in module._forward_pre_hooks.items() if key not in before}
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks.update({**before, **later})

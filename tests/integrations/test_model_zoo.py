@@ -161,22 +161,24 @@ def _anonymous(pair):
 
 def _rename(model: nn.Module) -> int:
     """Give every submodule a name that says nothing; the model's own code still finds it by its old one."""
-    count = 0
+    count, classes = 0, {}
     for module in list(model.modules()):
         if isinstance(module, (nn.ModuleList, nn.Sequential)) or not module._modules:
             continue
         names = {old: f"m_{index}" for index, old in enumerate(module._modules)}
         module._modules = {names[old]: child for old, child in module._modules.items()}
         module.__dict__["old_names"] = names
-        cls = type(module)
-
-        def lookup(self, key, cls=cls):
-            names = self.__dict__.get("old_names", {})
-            return self._modules[names[key]] if key in names else cls.__getattr__(self, key)
-
-        module.__class__ = type(cls.__name__, (cls,), {"__getattr__": lookup, "__module__": cls.__module__})
+        module.__class__ = classes.setdefault(type(module), _with_old_names(type(module)))
         count += len(names)
     return count
+
+
+def _with_old_names(cls: type) -> type:
+    def lookup(self, key):
+        names = self.__dict__.get("old_names", {})
+        return self._modules[names[key]] if key in names else cls.__getattr__(self, key)
+
+    return type(cls.__name__, (cls,), {"__getattr__": lookup, "__module__": cls.__module__})
 
 
 def test_bfloat16_model():
