@@ -102,10 +102,7 @@ def normalise(
     Raises:
         DataError: the data is empty, too short, of unknown form, not finite, or an iterator that was used before.
     """
-    if samples is not None and samples < 1:
-        raise DataError(f"samples={samples}: at least one is needed")
-    if batch_size < 1:
-        raise DataError(f"batch_size={batch_size}: at least one is needed")
+    _check_counts(samples, batch_size)
     if isinstance(data, Batches):
         return data
     source, data = _open(data, load_hub)
@@ -135,6 +132,13 @@ def normalise(
         "packing": packing,
     }
     return result
+
+
+def _check_counts(samples: int | None, batch_size: int) -> None:
+    if samples is not None and samples < 1:
+        raise DataError(f"samples={samples}: at least one is needed")
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: at least one is needed")
 
 
 def _text(item: Any, column: str | None) -> str:
