@@ -59,7 +59,8 @@ def rotate_stream(
         matrix: an orthogonal matrix ``[width, width]`` to use instead (one width for all stacks).
         generator: of the random choices.
         call: runs one forward pass of the whole model. The output is compared before and after; a stack that changes
-            it is rolled back bit by bit and refused. Without it only the proofs of the pairs are relied on.
+            it is rolled back bit by bit and refused (an error if its weights are offloaded). Without it only the
+            proofs of the pairs are relied on.
         placement: makes a block's weights available while they change.
         stacks: places of the stacks to rotate (``pair.place``); default all.
 
@@ -82,6 +83,9 @@ def rotate_stream(
             after = _outputs(model, call)
             error = relative_error(after, before)
             if not error <= max(_TOLERANCE.get(t.dtype, 1e-4) for t in before):
+                if any(parameter.is_meta for parameter in saved):
+                    raise QuantizationError(f"rotating {pair.place} changes the output by {error:.1e}, and offloaded "
+                                            "weights cannot be rolled back: load the model again without rotation")
                 _roll_back(model, pair, saved)
                 pair.refuse(f"rotating the stream changes the model's output by {error:.1e}", error)
                 continue
@@ -176,7 +180,7 @@ def _saved(pair: Pair, pairs: PairReport) -> dict[torch.Tensor, torch.Tensor]:
     for block in pair.blocks:
         modules += [link.part.module for fold in folds_of(pairs, pair, block) for link in fold.readers]
     parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
-    return {p: p.detach().clone() for p in parameters.values() if not p.is_meta}
+    return {p: p.detach().clone() for p in parameters.values()}
 
 
 @torch.no_grad()
