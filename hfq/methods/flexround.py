@@ -28,6 +28,8 @@ class FlexRoundConfig(HfqConfig):
         rank: of "lrq"; ``None`` is 1024, or 2048 where both sides of a matrix are at least 8192.
         steps: optimiser steps a block.
         lr: learning rate of all divisors and scales; falls to 0 on a cosine.
+        scale_lr: learning rate of the grid; ``None`` takes ``lr``. With few steps a tenth of ``lr`` is better: a scale
+            moves all weights of its channel at once.
         batch_size: sequences (or images) a step.
         clipping: search range and zero point of the initial grid instead of taking minimum and maximum.
         clip: another initial grid: the shrunken range of least error ("mse"); not together with ``clipping``.
@@ -45,6 +47,7 @@ class FlexRoundConfig(HfqConfig):
     rank: int | None = option(None, range=(1, 1 << 16), per_module=True)
     steps: int = option(5000, range=(0, 1_000_000))
     lr: float = option(3e-3, range=(0.0, 1.0))
+    scale_lr: float | None = option(None, range=(0.0, 1.0))
     batch_size: int = option(2, range=(1, 4096))
     clipping: bool = option(False, per_module=True)
     clip: str = option("none", choices=("none", "mse"), per_module=True)
@@ -76,13 +79,18 @@ def quantize(model: Any, data: Any, config: FlexRoundConfig, report: Report) -> 
         random = generator(config.seed, step.index)
         quantizers = _quantizers(step, config, random, report)
         curve = block.fit(
-            step, quantizers, steps=config.steps, lr=config.lr, batch_size=config.batch_size, loss=config.loss,
+            step, quantizers, steps=config.steps, lr=_rates(config), batch_size=config.batch_size, loss=config.loss,
             mix=config.input_mix, autocast=torch.bfloat16 if config.mixed_precision else None, holdout=config.holdout,
             patience=config.patience, generator=random,
         )  # fmt: skip
         report.curves[step.block.name] = _thinned(curve)
         _pack(step, quantizers, config)
     pack_outside(plan, config, report, clip=config.clip)
+
+
+def _rates(config: FlexRoundConfig) -> Any:
+    grid = config.lr if config.scale_lr is None else config.scale_lr
+    return lambda name, _: grid if name.endswith("log_scale") else config.lr
 
 
 def _quantizers(step: Any, config: FlexRoundConfig, random: Any, report: Report) -> dict[str, nn.Module]:

@@ -180,21 +180,23 @@ def test_zero_and_constant_channels(symmetric: bool) -> None:
 
 
 @pytest.mark.must_hold("flexround", 8)
-def test_ablations(small_lm: Any) -> None:
-    """A fixed grid is no better than a learned one; without the factors of rows little changes."""
-    data = torch.tensor(small_lm.windows(8, 64, part="train", seed=0))
-    batches = normalise([{"input_ids": row} for row in data], samples=None, seqlen=None, batch_size=4)
+@pytest.mark.slow
+def test_ablations() -> None:
+    """A fixed grid loses to a learned one; without the factors of rows little changes."""
+    batches = normalise([{"input_ids": row} for row in ids(16)], samples=None, seqlen=None, batch_size=8)
     errors: list[list[float]] = []
-    for step in walk(graph.read(small_lm.make()), batches, streams=("quantized", "float")):
+    for step in walk(graph.read(tiny()), batches, streams=("quantized", "float")):
         row = []
         for options in ({}, {"learn_scale": False}, {"row_factor": False}):
-            made = quantizers(step, QuantSpec(3), **options)
-            reconstruct.fit(step, made, steps=30, lr=3e-3, batch_size=4, loss="sum", generator=generator(0, step.index))
+            made = quantizers(step, QuantSpec(3, 0), **options)
+            reconstruct.fit(
+                step, made, steps=250, lr=5e-3, batch_size=8, loss="sum", generator=generator(0, step.index)
+            )
             row.append(error(step, made))
         errors.append(row)
     learned, fixed, without = torch.tensor(errors).log().mean(0).exp().tolist()
-    assert learned <= fixed
-    assert 0.97 * learned <= without <= 1.2 * learned
+    assert learned < 0.95 * fixed
+    assert 0.95 * learned < without < 1.1 * learned
 
 
 @pytest.mark.must_hold("flexround", 9)
@@ -240,7 +242,7 @@ def test_report_and_determinism() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"clip": "mse"}, {"clipping": True}, {"mixed_precision": True}, {"input_mix": 0.5}]
+    "options", [{"clip": "mse"}, {"clipping": True}, {"mixed_precision": True}, {"input_mix": 0.5}, {"scale_lr": 1e-4}]
 )
 def test_options_run_and_change_the_result(options: dict[str, Any]) -> None:
     plain, other = tiny(), tiny()
