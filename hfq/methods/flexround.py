@@ -95,13 +95,14 @@ def _rates(config: FlexRoundConfig) -> Any:
 
 def _quantizers(step: Any, config: FlexRoundConfig, random: Any, report: Report) -> dict[str, nn.Module]:
     """One learned rounding a weight; for a bank of experts one an expert."""
+    from hfq.reconstruction.direct import expert_matrices
     from hfq.rounding.flexround import Stack
 
     found: dict[str, nn.Module] = {}
     for site in step.block.sites:
         if site.kind == "experts":
             for name in site.tensors:
-                bank = getattr(site.module, name).detach()
+                bank = expert_matrices(site, name)
                 found[f"{site.name}.{name}"] = Stack([_quantizer(w, site.name, config, random) for w in bank])
         elif site.kind in ("linear", "transposed"):
             weight = site.weight.detach()

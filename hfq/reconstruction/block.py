@@ -36,7 +36,7 @@ def fit(
     Args:
         step: a :class:`hfq.calibration.step.Step` whose block has not been changed; ``step.outputs`` are the targets.
         quantizers: site name (or qualified name of a parameter) → module whose output replaces that weight. Sites
-            give ``[out, in]``; the transposed layout is made here.
+            give ``[out, in]``, banks of experts ``[E, out, in]``; the transposed layout is made here.
         mix: probability with which an element of the input is taken from the float stream.
         options: the rest goes to :func:`hfq.reconstruction.loop.optimise`.
 
@@ -75,18 +75,28 @@ def fit(
 def forward_with(block: Any, names: list[str]) -> loop.Forward:
     """A function that runs ``block`` with other weights under ``names`` (sites or parameters of the block)."""
     sites = {site.name: site for site in block.sites}
-    own = {name for name, _ in block.module.named_parameters()}
+    own = dict(block.module.named_parameters())
     prefix = f"{block.name}."
+    turned = {
+        f"{site.name}.{name}"
+        for site in block.sites
+        if site.kind == "experts" and getattr(site.module, "is_transposed", False)
+        for name in site.tensors
+    }
     paths: dict[str, tuple[str, bool]] = {}
     for name in names:
         site = sites.get(name)
         path = (name if site is None else f"{name}.weight").removeprefix(prefix)
         if path not in own:
             raise QuantizationError(f"{block.name} has no parameter {path!r} to learn; it has {sorted(own)}")
-        paths[name] = (path, site is not None and site.kind == "transposed")
+        paths[name] = (path, site.kind == "transposed" if site is not None else name in turned)
 
     def forward(weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        replaced = {paths[name][0]: weight.t() if paths[name][1] else weight for name, weight in weights.items()}
+        replaced = {}
+        for name, weight in weights.items():
+            path, flip = paths[name]
+            # The block computes in its own dtype; what is learned stays in float32.
+            replaced[path] = (weight.mT if flip else weight).to(own[path].dtype)
         output = functional_call(block.module, replaced, args, kwargs)
         path = first_tensor(output)
         return next(tensor for where, tensor in leaves(output) if where == path)

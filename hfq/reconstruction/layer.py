@@ -43,7 +43,7 @@ def fit(
             targets = [module(x) for x in inputs]
 
     def forward(weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        weight = weights[site.name]
+        weight = weights[site.name].to(module.weight.dtype)
         return functional_call(module, {"weight": weight.t() if site.kind == "transposed" else weight}, args, kwargs)
 
     samples = Samples([((x,), {}) for x in inputs], targets, mask=mask, device=device_of(module))

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)  # fmt: skip
 
 import hfq
 from hfq import graph
@@ -288,3 +297,39 @@ def test_impossible_configs() -> None:
     ):
         with pytest.raises(ConfigError, match=match):
             FlexRoundConfig(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_models_in_half_precision(dtype: torch.dtype, mixed: bool) -> None:
+    model = tiny().to(dtype)
+    with torch.no_grad():
+        before = model(ids()).logits.float()
+    report = hfq.quantize(model, FlexRoundConfig(bits=4, steps=20, mixed_precision=mixed, **COMMON), ids())
+    with torch.no_grad():
+        assert (model(ids()).logits.float() - before).norm() < 0.3 * before.norm()
+    for curve in report.curves.values():
+        assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
+    assert model.model.layers[0].mlp.up_proj.scale.dtype == torch.float16
+
+
+def test_experts_stored_the_other_way_round() -> None:
+    """Banks ``[E, in, out]``: the grid still lies along the inputs, and the block still learns."""
+    config = GptOssConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, vocab_size=128, num_local_experts=3, num_experts_per_tok=2, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        return GptOssForCausalLM(config).eval()
+
+    plain, start, learned = made(), made(), made()
+    hfq.quantize(plain, RTNConfig(bits=3, **COMMON))
+    hfq.quantize(start, FlexRoundConfig(bits=3, steps=0, **COMMON), ids())
+    assert same(packed(start), packed(plain))
+    assert packed(start)["model.layers.0.mlp.experts.gate_up_proj_scale"].shape == (3, 128, 1)
+    report = hfq.quantize(learned, FlexRoundConfig(bits=3, steps=40, lr=1e-2, **COMMON), ids())
+    (curve,) = report.curves.values()
+    assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
+    assert not same(packed(learned), packed(plain))
