@@ -141,6 +141,10 @@ def quantize(model: Any, data: Any, config: LayerwiseQuantConfig, report: Report
 
     plan = config.plan(model)
     blocks = [block for block in plan.blocks if block.sites]
+    if not blocks:  # nothing to choose: everything is skipped, or outside the blocks
+        backend = config.backend_config({})
+        methods.recipe(backend.method)(model, data, backend, report)
+        return
     if config.bit_map is None:
         importance = _importance(plan, blocks, data, config)
         config.bit_map = _allocate(blocks, importance, config, report)
