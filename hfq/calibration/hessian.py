@@ -7,6 +7,7 @@ float32: so the order of the batches, and how they were split over processes, do
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,10 +110,10 @@ class _Collector:
     def __init__(self, step: Step, sites: list[Any], weights: Sequence[torch.Tensor] | None) -> None:
         self.step, self.sites, self.weights = step, sites, weights
         self.sums: dict[tuple[str, str, int], _Sum] = {}
-        self.leader: dict[str, str] | None = None
+        self.leader: dict[str, str] = {}
         self.pending: list[tuple[Any, torch.Tensor]] = []
-        self.calls: list[str] = []
-        self.limit: int | None = None
+        self.calls: Counter[str] = Counter()
+        self.usual: Counter[str] | None = None
         self.now = 0
         self.off = False
 
@@ -140,39 +141,40 @@ class _Collector:
             raise
 
     def _pass(self, i: int, early: bool) -> None:
-        self.now, self.calls = i, []
+        self.now, self.calls = i, Counter()
         args, kwargs = to_device(self.step.inputs[i], device_of(self.step.block.module))
         try:
             with torch.no_grad(), self.step._counting(i):
                 self.step.block.module(*args, **kwargs)
         except Stop:
             pass
-        if self.leader is None:
+        if self.pending:
             self._lead()
-            # A later pass ends as soon as the last wanted site was called.
-            self.limit = len(self.calls) if early and self.calls else None
+        if i == 0 and early and len(self.calls) == len(self.sites):
+            # A later pass ends as soon as every site was called as often as now. Not if one was not called at all:
+            # where tokens choose their experts, each pass calls others.
+            self.usual = self.calls
 
     def _hook(self, site: Any) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             if self.off:
                 return
             x = args[0] if args else next(iter(kwargs.values()))
-            self.calls.append(site.name)
-            if self.leader is None:
+            self.calls[site.name] += 1
+            if site.name not in self.leader:
                 self.pending.append((site, x))
             elif self.leader[site.name] == site.name:
                 self.add(site, x)
-            if self.limit is not None and len(self.calls) == self.limit:
+            if self.usual is not None and self.calls >= self.usual:
                 raise Stop
 
         return hook
 
     def _lead(self) -> None:
-        """After the first batch: sites whose inputs are the same objects share one sum."""
+        """After the first pass that calls them: sites whose inputs are the same objects share one sum."""
         inputs: dict[str, list[int]] = {}
         for site, x in self.pending:
             inputs.setdefault(site.name, []).append(id(x))
-        self.leader = {}
         first: dict[tuple[str, tuple[int, ...]], str] = {}
         kinds = {site.name: site.kind for site, _ in self.pending}
         for name, ids in inputs.items():
@@ -181,8 +183,8 @@ class _Collector:
         for site, x in self.pending:
             if self.leader[site.name] == site.name:
                 self.add(site, x)
-        for name, leader in self.leader.items():
-            self.sums[leader, "", 0].followers.append(name)
+        for name in inputs:
+            self.sums[self.leader[name], "", 0].followers.append(name)
         self.pending = []
 
     def sum_of(self, name: str, parameter: str = "", expert: int = 0) -> _Sum:

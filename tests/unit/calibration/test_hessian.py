@@ -174,3 +174,50 @@ def test_refusals(llama, batches):
     other = nn.Linear(4, 4)
     with pytest.raises(QuantizationError, match="never called"):
         hessian.collect(step, [Site("elsewhere", other, "linear", 4, 4, 16)])
+
+
+class Chosen(nn.Module):
+    """A block whose tokens each go through one of three linears: which of them run depends on the batch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.router = nn.Embedding(3, width)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        chosen, found = (rows @ self.router.weight.t()).argmax(-1), torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            if (chosen == number).any():
+                found[chosen == number] = expert(rows[chosen == number])
+        return x + 0.1 * self.out(found).view_as(x)
+
+
+class Routed(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, width)
+        self.layers = nn.ModuleList(Chosen(width) for _ in range(2))
+
+    def forward(self, input_ids, use_cache=False):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_linears_that_only_some_batches_reach():
+    torch.manual_seed(0)
+    model = Routed().eval()
+    data = [{"input_ids": torch.randint(0, 20, (1, 2))} for _ in range(30)]
+    names = [f"layers.0.experts.{number}" for number in range(3)] + ["layers.0.out"]
+    rows = {name: rows_of(model, name, data) for name in names}
+    calls = [len(found) for found in rows.values()]
+    assert min(calls) > 0 and sorted(calls)[1] < len(data)  # each is reached, but not in every batch
+    step = next(iter(walk.walk(read(model), data)))
+    found = hessian.collect(step, names)
+    for name in names:
+        expected, count = reference([x.reshape(1, -1, x.shape[-1]) for x in rows[name]])
+        assert found[name].tokens == count
+        torch.testing.assert_close(found[name].matrix.double(), expected, rtol=1e-5, atol=1e-7)
