@@ -102,7 +102,9 @@ class HfqConfig(QuantizationConfigMixin):
         for name in kwargs:
             if name not in known:
                 raise ConfigError(f"unknown field {name!r} of {target.__name__}{did_you_mean(name, known)}")
-        return object.__new__(target)
+        made = object.__new__(target)
+        made._given = frozenset(kwargs)
+        return made
 
     def __post_init__(self) -> None:
         slug = type(self).method

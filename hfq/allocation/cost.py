@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hfq.errors import ConfigError
@@ -14,6 +14,7 @@ __all__ = [
     "Costs",
     "Scores",
     "average",
+    "averages",
     "checked",
     "join",
     "nominal_bits",
@@ -44,7 +45,9 @@ def site_bits(site: Any, spec: QuantSpec) -> float:
     for name in site.tensors:
         shape = tuple(getattr(site.module, name).shape)
         if site.kind == "experts":
-            total += shape[0] * stored_bits(shape[1], math.prod(shape[2:]), spec)
+            turned = getattr(site.module, "is_transposed", False)  # [E, in, out]
+            rows, columns = (shape[2], shape[1]) if turned else (shape[1], math.prod(shape[2:]))
+            total += shape[0] * stored_bits(rows, columns, spec)
         elif site.kind == "transposed":
             total += stored_bits(shape[1], shape[0], spec)
         else:
@@ -83,6 +86,16 @@ def total(costs: Costs, chosen: Mapping[str, int]) -> float:
 def average(sizes: Mapping[str, int], chosen: Mapping[str, int]) -> float:
     """Mean nominal bits a weight; ``sizes`` counts the weights of each name."""
     return sum(sizes[name] * bits for name, bits in chosen.items()) / sum(sizes[name] for name in chosen)
+
+
+def averages(sites: Iterable[Any], spec_for: Callable[[str], QuantSpec]) -> dict[str, float]:
+    """Mean bits a weight of some sites: ``"nominal"`` of the codes alone, ``"stored"`` with scales and zero points."""
+    specs = [(site, spec_for(site.name)) for site in sites]
+    size = sum(site.numel for site, _ in specs)
+    return {
+        "nominal": sum(site.numel * spec.bits for site, spec in specs) / size,
+        "stored": sum(site_bits(site, spec) for site, spec in specs) / size,
+    }
 
 
 def checked(scores: Scores, costs: Costs, budget: float) -> None:

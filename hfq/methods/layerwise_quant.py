@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from hfq import methods
-from hfq.config import HfqConfig, option
+from hfq.compose import ComposedConfig
+from hfq.config import option
 from hfq.errors import ConfigError
 from hfq.report import Report
 
 __all__ = ["LayerwiseQuantConfig", "quantize"]
 
 _TARGETS = ("target_bits", "num_low_layers", "fraction_low")
-# What the backend does not take from this config.
-_OWN = ("quant_method", "method", "overrides", "allow_partial", "dequantize")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class LayerwiseQuantConfig(HfqConfig):
+class LayerwiseQuantConfig(ComposedConfig):
     """Blocks in order of importance: the first get ``high_bits``, the others ``low_bits``.
 
     Exactly one of ``target_bits``, ``num_low_layers`` and ``fraction_low`` says how many. ``bits`` holds for sites
     outside the blocks; ``overrides`` with bits hold before the map.
 
     Args:
-        backend: the method that rounds: its Config, or a dict of its fields with ``method``. Common fields (group size,
-            skipped modules, seed, ...) may be given here or there.
+        backend: the method that rounds; see :class:`hfq.compose.ComposedConfig`.
         score: "lim" (how much a block turns its input; one pass over the data) or "zd" (share of large weights).
         high_bits, low_bits: the two widths. ``mid_bits`` between them is used where the target lies nearer.
         target_bits: mean bits a weight that is not exceeded; with ``count_metadata`` scales and zero points count.
@@ -44,7 +41,6 @@ class LayerwiseQuantConfig(HfqConfig):
 
     method = "layerwise_quant"
 
-    backend: Any = option({"method": "gptq"})
     score: str = option("lim", choices=("lim", "zd"))
     high_bits: int = option(4, range=(1, 8))
     low_bits: int = option(2, range=(1, 8))
@@ -65,49 +61,19 @@ class LayerwiseQuantConfig(HfqConfig):
     average_bits: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        self._adopt_backend()
+        self._chosen = False  # whether a run, not the user, filled in bit_map
         super().__post_init__()
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the widths were given: nothing is scored then."""
+        return self.bit_map is not None and not self._chosen
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
         """The score may need data, and so may the backend."""
-        scored = self.bit_map is None and self.importance is None and self.score == "lim"
-        return scored or methods.config_class(self.backend["method"]).needs_calibration
-
-    @property
-    def supports_activation_bits(self) -> bool:  # type: ignore[override]
-        return methods.config_class(self.backend["method"]).supports_activation_bits
-
-    @property
-    def supports_kv_bits(self) -> bool:  # type: ignore[override]
-        return methods.config_class(self.backend["method"]).supports_kv_bits
-
-    def _adopt_backend(self) -> None:
-        """Make ``backend`` a dict of the fields that only it has; common fields that it set become this config's."""
-        given = self.backend
-        if isinstance(given, HfqConfig):
-            chosen = {f.name: getattr(given, f.name) for f in fields(given)
-                      if f.init and f.name not in _OWN and getattr(given, f.name) != _default(f)}  # fmt: skip
-            if given.overrides:
-                chosen["overrides"] = given.overrides
-            if given.data is not None and self.calibration is None:
-                self.calibration = given.data
-            given = {"method": given.method, **chosen}
-        if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
-            raise ConfigError(f"backend={self.backend!r}: a Config, or a dict with 'method' and its fields, is needed")
-        if given["method"] == type(self).method:
-            raise ConfigError("backend: layerwise_quant cannot be its own backend")
-        common = {f.name: f for f in fields(HfqConfig)}
-        own = {}
-        for name, value in given.items():
-            if name not in common or name == "method":
-                own[name] = value
-                continue
-            mine = getattr(self, name)
-            if mine != value and mine != _default(common[name]):
-                raise ConfigError(f"{name}={mine!r} here and {value!r} in the backend: say it once")
-            setattr(self, name, value)
-        self.backend = own
+        scored = not self.fixed and self.importance is None and self.score == "lim"
+        return scored or super().needs_calibration
 
     def check(self) -> None:
         given = [name for name in _TARGETS if getattr(self, name) is not None]
@@ -124,16 +90,6 @@ class LayerwiseQuantConfig(HfqConfig):
         for bits in sorted({*widths, *(self.bit_map or {}).values(), self.bits} - {16}):
             self.backend_config({}, bits=bits)
 
-    def backend_config(self, overrides: Mapping[str, Any], **changes: Any) -> HfqConfig:
-        """The Config of the method that rounds."""
-        common = {f.name: getattr(self, f.name) for f in fields(HfqConfig) if f.init and f.name not in _OWN}
-        values = {**common, **self.backend, "overrides": {**overrides, **self.overrides}, **changes}
-        config = methods.config_class(self.backend["method"])(**values)
-        config._environment, config._data, config._processor = (
-            getattr(self, name, None) for name in ("_environment", "_data", "_processor")
-        )
-        return config
-
 
 def quantize(model: Any, data: Any, config: LayerwiseQuantConfig, report: Report) -> None:
     """Score the float blocks, choose their widths, and run the backend once with the widths as overrides."""
@@ -142,12 +98,12 @@ def quantize(model: Any, data: Any, config: LayerwiseQuantConfig, report: Report
     plan = config.plan(model)
     blocks = [block for block in plan.blocks if block.sites]
     if not blocks:  # nothing to choose: everything is skipped, or outside the blocks
-        backend = config.backend_config({})
-        methods.recipe(backend.method)(model, data, backend, report)
+        config.run_backend(model, data, config.backend_config(), report)
         return
-    if config.bit_map is None:
+    if not config.fixed:
         importance = _importance(plan, blocks, data, config)
-        config.bit_map = _allocate(blocks, importance, config, report)
+        config.bit_map, config._chosen = _allocate(blocks, importance, config, report), True
+    assert config.bit_map is not None
     unknown = set(config.bit_map) ^ {block.name for block in blocks}
     if unknown:
         raise ConfigError(f"bit_map and model differ in the blocks {sorted(unknown)[:5]}")
@@ -155,28 +111,14 @@ def quantize(model: Any, data: Any, config: LayerwiseQuantConfig, report: Report
         f"re:{re.escape(site.name)}": {"bits": config.bit_map[block.name]} for block in blocks for site in block.sites
     }
     backend = config.backend_config(overrides)
-    chosen = {site.name: backend.spec_for(site.name).bits for block in blocks for site in block.sites}
-    sizes = {site.name: site.numel for block in blocks for site in block.sites}
-    costs = {
-        site.name: {chosen[site.name]: cost.site_bits(site, backend.spec_for(site.name))}
-        for block in blocks
-        for site in block.sites
-    }
-    config.average_bits = {
-        "nominal": cost.average(sizes, chosen),
-        "stored": cost.total(costs, chosen) / sum(sizes.values()),
-    }
+    config.average_bits = cost.averages((site for block in blocks for site in block.sites), backend.spec_for)
     if config.average_bits["nominal"] < 2.5:
         report.note(
             f"{config.average_bits['nominal']:.2f} bits on average: the ranking ignores how blocks act together, which "
             "matters below about 2.5 bits"
         )
-    methods.recipe(backend.method)(model, data, backend, report)
-    report.totals |= {
-        "bit_map": dict(config.bit_map),
-        "scores": config.scores,
-        "average_bits": dict(config.average_bits),
-    }
+    config.run_backend(model, data, backend, report)
+    report.totals |= {name: getattr(config, name) for name in ("bit_map", "scores", "average_bits")}
 
 
 def _importance(plan: Any, blocks: list[Any], data: Any, config: LayerwiseQuantConfig) -> dict[str, float]:
@@ -196,12 +138,9 @@ def _importance(plan: Any, blocks: list[Any], data: Any, config: LayerwiseQuantC
         )
     else:
         raw = sensitivity.zscore_shares(
-            blocks,
-            config.placement,
-            threshold=config.z_threshold,
-            two_sided=config.two_sided,
+            blocks, config.placement, threshold=config.z_threshold, two_sided=config.two_sided,
             per_matrix=config.per_matrix,
-        )
+        )  # fmt: skip
     config.scores = {"score": config.score, "values": raw}
     sign = 1 if config.score == "lim" else -1  # a large share of large weights means: less important
     return {name: sign * value for name, value in raw.items()}
@@ -259,7 +198,3 @@ def _cost(block: Any, bits: int, config: LayerwiseQuantConfig) -> float:
             spec = spec.with_bits(bits)
         total += cost.site_bits(site, spec) if config.count_metadata else site.numel * spec.bits
     return total
-
-
-def _default(field: Any) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()

@@ -19,6 +19,7 @@ from hfq.errors import ConfigError
 from hfq.evaluation.perplexity import perplexity
 from hfq.methods.gptq import GPTQConfig
 from hfq.methods.layerwise_quant import LayerwiseQuantConfig
+from hfq.methods.rsq import RSQConfig
 from hfq.methods.rtn import RTNConfig
 
 COMMON: dict[str, Any] = {"group_size": 32, "calibration_samples": 8, "calibration_seqlen": 24, "progress": False}
@@ -333,3 +334,36 @@ def test_a_config_as_backend() -> None:
     again = HfqConfig.from_dict(config.to_dict())
     assert isinstance(again, LayerwiseQuantConfig) and again.backend == config.backend
     assert again.backend_config({}).percdamp == 0.05
+
+
+@pytest.mark.parametrize("form", ["dict", "config"])
+def test_what_nobody_says_is_the_backends_default(form: str) -> None:
+    """RSQ is symmetric by default: with a uniform map it gives the same codes inside as alone."""
+    small = {name: value for name, value in COMMON.items() if name != "group_size"}
+    backend = {"method": "rsq"} if form == "dict" else RSQConfig(**small)
+    config = LayerwiseQuantConfig(backend=backend, target_bits=4.0, **(small if form == "dict" else {}))
+    assert (config.symmetric, config.bits, config.calibration_samples) == (True, 3, 8)
+    assert HfqConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    model, _ = run(config)
+    alone, _ = run(RSQConfig(bits=4, **small))
+    assert same(packed(model), packed(alone))
+    here = LayerwiseQuantConfig(backend={"method": "rsq"}, target_bits=4.0, symmetric=False)
+    assert here.backend_config().symmetric is False
+    with pytest.raises(ConfigError, match="symmetric=False here and True"):
+        LayerwiseQuantConfig(backend=RSQConfig(symmetric=True), target_bits=4.0, symmetric=False)
+
+
+def test_one_config_for_two_models() -> None:
+    """The map that a run filled in belongs to its model: another model gets its own."""
+    config = LayerwiseQuantConfig(backend={"method": "rtn"}, score="zd", num_low_layers=1, **COMMON)
+    maps = []
+    for heavy in (1, 3):
+        model = tiny()
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.mlp.up_proj.weight, std=1.0)
+        torch.nn.init.uniform_(model.model.layers[heavy].mlp.up_proj.weight, -9.0, 9.0)  # many above one deviation
+        hfq.quantize(model, config)
+        maps.append(dict(config.bit_map))
+    assert [min(one, key=one.get) for one in maps] == ["model.layers.1", "model.layers.3"]
+    again = HfqConfig.from_dict(config.to_dict())  # one that was read back is kept
+    assert not again.needs_calibration and again.fixed

@@ -1,0 +1,108 @@
+"""Methods that carry another method: a Config that holds a backend's Config, and runs its recipe."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from hfq.config import HfqConfig, option
+from hfq.errors import ConfigError
+from hfq.report import Report
+
+__all__ = ["ComposedConfig"]
+
+# What the backend does not take from the config around it.
+_OWN = ("quant_method", "method", "overrides", "allow_partial", "dequantize")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ComposedConfig(HfqConfig):
+    """Base of the Configs of methods that decide something and leave the rounding to another method.
+
+    Common fields (group size, skipped modules, calibration, seed, ...) may be given here or in the backend, not
+    differently in both; what neither gives has the backend's default. All of them are kept here, so that ``spec_for``,
+    ``plan`` and what is saved speak for the whole run; ``backend`` keeps the fields that only the backend has.
+
+    Args:
+        backend: the method that rounds: its Config, or a dict of its fields with ``method``.
+    """
+
+    backend: Any = option({"method": "gptq"})
+
+    def __post_init__(self) -> None:
+        self._adopt(self.backend)
+        super().__post_init__()
+
+    @property
+    def backend_class(self) -> type[HfqConfig]:
+        return importlib.import_module("hfq.methods").config_class(self.backend["method"])
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        return self.backend_class.needs_calibration
+
+    @property
+    def supports_activation_bits(self) -> bool:  # type: ignore[override]
+        return self.backend_class.supports_activation_bits
+
+    @property
+    def supports_kv_bits(self) -> bool:  # type: ignore[override]
+        return self.backend_class.supports_kv_bits
+
+    def _adopt(self, backend: Any) -> None:
+        """Make ``backend`` a dict of the fields that only it has; its common fields become this config's."""
+        said = _said(backend) if isinstance(backend, HfqConfig) else backend
+        if not isinstance(said, Mapping) or not isinstance(said.get("method"), str):
+            raise ConfigError(f"backend={backend!r}: a Config, or a dict with 'method' and its fields, is needed")
+        if said["method"] == type(self).method:
+            raise ConfigError(f"backend: {said['method']} cannot be its own backend")
+        common = {f.name for f in fields(HfqConfig)} - {"quant_method", "method"}
+        self.backend = {name: value for name, value in said.items() if name not in common}
+        base = {f.name: _default(f) for f in fields(HfqConfig)}
+        defaults = {f.name: _default(f) for f in fields(self.backend_class) if f.name in common - set(_OWN)}
+        for name, value in defaults.items():
+            if name not in said and name not in self._given and value != base[name]:
+                setattr(self, name, value)
+        for name in [name for name in said if name in common]:
+            if name in self._given and not _same(getattr(self, name), said[name]):
+                raise ConfigError(f"{name}={getattr(self, name)!r} here and {said[name]!r} in the backend: say it once")
+            setattr(self, name, said[name])
+
+    def backend_config(self, overrides: Mapping[str, Any] | None = None, **changes: Any) -> HfqConfig:
+        """The Config of the method that rounds; ``overrides`` hold unless this config's own say otherwise."""
+        common = {f.name: getattr(self, f.name) for f in fields(HfqConfig) if f.init and f.name not in _OWN}
+        values = {**common, **self.backend, "overrides": {**(overrides or {}), **self.overrides}, **changes}
+        config = self.backend_class(**values)
+        for name in ("_environment", "_data", "_processor"):
+            setattr(config, name, getattr(self, name, None))
+        return config
+
+    def run_backend(self, model: Any, data: Any, backend: HfqConfig, report: Report) -> None:
+        """The backend's recipe, on ``model`` in place."""
+        importlib.import_module("hfq.methods").recipe(backend.method)(model, data, backend, report)
+
+
+def _said(backend: HfqConfig) -> dict[str, Any]:
+    """The fields of a Config that somebody set."""
+    said = {f.name: getattr(backend, f.name) for f in fields(backend)
+            if f.init and (f.name in backend._given or getattr(backend, f.name) != _default(f))}  # fmt: skip
+    # The config keeps objects out of its fields.
+    said |= {name: value for name, value in (("calibration", backend._data), ("processor", backend._processor))
+             if value is not None}  # fmt: skip
+    if "overrides" in said and not said["overrides"]:
+        del said["overrides"]
+    return {**said, "method": backend.method}
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, for fields; data and processors are the same only if they are one object."""
+    if a is b:
+        return True
+    plain = (str, int, float, bool, type(None), Mapping, list, tuple)
+    return isinstance(a, plain) and isinstance(b, plain) and a == b
