@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,93 +13,40 @@ from hfq.integrations.cli import screen
 __all__ = ["register"]
 
 bench = typer.Typer(no_args_is_help=True, help="Measure kernels and methods on this machine.")
-SHAPES = [(4096, 4096), (576, 1536), (1536, 576)]  # out, in
 
 
 @bench.command()
 def kernels(
-    bits: str = typer.Option("2,3,4,8", "--bits", help="Widths, separated by commas."),
-    tokens: str = typer.Option("1,128,512", "--rows", help="Rows of the input."),
-    group_size: int = typer.Option(64, "--group-size", "-g"),
-    seconds: float = typer.Option(0.3, "--seconds", help="Time spent on each measurement."),
+    only: str = typer.Option("", "--only", help="Words that a row must have, all of them: w4, M1, 576x1536, compact."),
+    quick: bool = typer.Option(False, "--quick", help="Small shapes and few formats, under a minute."),
+    rounds: int = typer.Option(20, "--rounds", min=1, help="Turns, of which the best counts."),
+    every_backend: bool = typer.Option(False, "--every-backend", help="Every backend that can serve a case."),
+    device: str = typer.Option("", "--device", help="cpu or cuda; default: a GPU if there is one."),
     output: Path = typer.Option(None, "--output", "-o", help="Also write the rows as JSON."),
+    best: Path = typer.Option(None, "--best", help="File of best-known times; rows that are 10 % worse fail."),
 ) -> None:
-    """Time the packed product against the float one, in the same process; wrong results are not timed.
+    """Time the packed products against the float one, in the same process; wrong results are not timed.
 
-    [dim]hfq bench kernels --bits 4 --rows 1,512[/]
+    The headline is the time of one thread; wall time with all cores is added when the machine is idle.
+
+    [dim]hfq bench kernels --only "w4 4096x4096"[/]
     """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    widths, counts = _numbers(bits, "--bits"), _numbers(tokens, "--rows")
-    rows = [
-        kernel_row(shape, width, count, group_size, memory, device, dtype, seconds)
-        for shape in SHAPES for width in widths for count in counts
-        for memory in (("compact", "cached") if device == "cpu" else ("compact",))
-    ]
-    headings = ["out×in", "bits", "rows", "memory", "kernel", "float µs", "packed µs", "ratio", "bytes", "error"]
-    cells = [[f"{r['out']}×{r['in']}", str(r["bits"]), str(r["rows"]), r["memory"], r["kernel"], f"{r['float_us']:.0f}",
-              f"{r['packed_us']:.0f}", f"{r['ratio']:.2f}", str(r["bytes"]), f"{r['error']:.1e}"] for r in rows]
-    screen.table(headings, cells, title=_where(), numbers=[1, 2, 5, 6, 7, 8, 9])
-    _write(output, rows)
+    from hfq.evaluation import bench_kernels
 
-
-def kernel_row(shape: tuple[int, int], bits: int, count: int, group_size: int, memory: Any, device: str, dtype: Any,
-               seconds: float) -> dict[str, Any]:
-    """Verify one packed product against its dequantized weight, then time both.
-
-    Raises:
-        KernelError: the packed product is wrong.
-    """
-    import torch
-    from torch.nn import functional as F
-
-    from hfq import kernels as ops
-    from hfq.formats import QuantSpec, affine, bitpack
-
-    out, width = shape
-    torch.manual_seed(0)
-    weight = torch.randn(out, width) / width**0.5
-    spec = QuantSpec(bits=bits, group_size=group_size)
-    codes = affine.quantize(weight, spec)
-    packed = ops.PackedWeight(
-        bitpack.pack(codes.codes, bits).to(device), codes.scale.to(device),
-        None if codes.zero_point is None else codes.zero_point.to(device), spec, width, out,
-    )
-    dense = ops.dequantize(packed, torch.float32).to(dtype)
-    runtime = ops.prepare(packed, dtype=dtype, memory=memory)
-    x = torch.randn(count, width, device=device, dtype=dtype)
-    expected, found = F.linear(x.float(), dense.float()), ops.linear(x, runtime).float()
-    error = ((found - expected).norm() / expected.norm()).item()
-    # Some backends multiply in bfloat16 (8 bits of mantissa, 2^-8 an element); a wrong code is off by 0.1 and more.
-    if not error < 2**-7:
-        raise KernelError(f"{bits} bits, {out}x{width}, {count} rows: relative error {error:.2e}, so it is not timed")
-    chosen = next(choice.backend for choice in ops.explain(runtime, count) if choice.chosen)
-    float_us, packed_us = _turns([lambda: F.linear(x, dense), lambda: ops.linear(x, runtime)], seconds, device)
-    return {"out": out, "in": width, "bits": bits, "rows": count, "memory": memory, "kernel": chosen,
-            "float_us": float_us, "packed_us": packed_us, "ratio": float_us / packed_us, "bytes": runtime.nbytes,
-            "error": error}
-
-
-def _turns(calls: list[Callable[[], Any]], seconds: float, device: str) -> list[float]:
-    """Best microseconds of each call; they take turns, so that a busy machine slows all of them."""
-    import torch
-
-    best = [float("inf")] * len(calls)
-    with torch.no_grad():
-        for call in calls:
-            call()
-        stop, turns = time.perf_counter() + seconds, 0
-        while time.perf_counter() < stop or turns < 3:
-            for index, call in enumerate(calls):
-                started = time.perf_counter()
-                call()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                best[index] = min(best[index], (time.perf_counter() - started) * 1e6)
-            turns += 1
-    return best
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = bench_kernels.run(where, quick=quick, only=only or None, rounds=rounds, every_backend=every_backend,
+                             on_row=lambda row: screen.say(row.label))
+    if not rows:
+        raise ConfigError(f"--only {only!r} matches no row")
+    screen.say(bench_kernels.format_table(rows, where))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(bench_kernels.to_json(rows, where) + "\n", encoding="utf-8")
+    worse = bench_kernels.regressions(rows, best) if best is not None else []
+    if worse:
+        raise KernelError("; ".join(worse))
 
 
 @bench.command()
@@ -176,12 +120,6 @@ def _where() -> str:
     from hfq.integrations.results import machine
 
     return machine()
-
-
-def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": _where(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def register(app: Any) -> None:
