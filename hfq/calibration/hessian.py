@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from hfq.calibration import ranks
+from hfq.calibration.cache import leaves
 from hfq.calibration.capture import Stop, device_of, to_device
 from hfq.calibration.experts import Bank
-from hfq.calibration.step import Step, input_rows
+from hfq.calibration.step import Step, input_rows, mask_for
 from hfq.errors import QuantizationError
 
 __all__ = ["Hessian", "Hessians", "collect"]
@@ -88,6 +89,7 @@ def collect(step: Step, sites: Sequence[Any] | None = None, weights: Sequence[to
         step: the block.
         sites: sites of the block (or their names); default all. Sites that read the same tensor get the same object.
         weights: importance of the tokens, one ``[B, T]`` a call; padded positions are left out whatever their weight.
+            Tokens of another sequence, which a block attends to (an encoder's output), count the same.
 
     Returns:
         site name to ``Hessian``; for a bank of experts parameter name to a list of ``Hessian``.
@@ -115,6 +117,7 @@ class _Collector:
         self.calls: Counter[str] = Counter()
         self.usual: Counter[str] | None = None
         self.now = 0
+        self.others: list[torch.Tensor] = []
         self.off = False
 
     def run(self) -> dict[tuple[str, str, int], _Sum]:
@@ -143,6 +146,10 @@ class _Collector:
     def _pass(self, i: int, early: bool) -> None:
         self.now, self.calls = i, Counter()
         args, kwargs = to_device(self.step.inputs[i], device_of(self.step.block.module))
+        # What a decoder block attends to besides its own rows: tokens of another sequence.
+        given = dict(leaves((args, kwargs)))
+        own = given.get(self.step.inputs.main)
+        self.others = [t for t in given.values() if t is not own and t.ndim == 3]
         try:
             with torch.no_grad(), self.step._counting(i):
                 self.step.block.module(*args, **kwargs)
@@ -199,6 +206,11 @@ class _Collector:
             return
         if site.kind == "conv":
             total.add(_patches(site, x), None, None)
+            return
+        if any(x is other for other in self.others):
+            # The weights are those of the block's rows; here every token counts the same.
+            mask = mask_for(self.step.batch(self.now), tuple(x.shape[:2]))  # type: ignore[arg-type]
+            total.add(x.reshape(-1, x.shape[-1]), None, None if mask is None else mask.reshape(-1))
             return
         weights, keep = self.rows(x)
         if self.weights is not None and weights is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from hfq.calibration import hessian, walk
 from hfq.errors import QuantizationError
@@ -221,3 +222,27 @@ def test_linears_that_only_some_batches_reach():
         expected, count = reference([x.reshape(1, -1, x.shape[-1]) for x in rows[name]])
         assert found[name].tokens == count
         torch.testing.assert_close(found[name].matrix.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_cross_attention_counts_the_tokens_of_the_encoder_alike():
+    """Also where both sequences are equally long: weights and padding are those of the rows that a site reads."""
+    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=96, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config).eval()
+    for length in (12, 7):
+        masks = [(torch.arange(n)[None] < torch.tensor([[n], [size]])).long() for n, size in ((12, 5), (length, 6))]
+        batch = {
+            "input_ids": torch.randint(0, 96, (2, 12)), "attention_mask": masks[0],
+            "decoder_input_ids": torch.randint(0, 96, (2, length)), "decoder_attention_mask": masks[1],
+        }  # fmt: skip
+        layer = "decoder.block.0.layer"
+        names = {f"{layer}.1.EncDecAttention.k": (None, masks[0]), f"{layer}.0.SelfAttention.k": (True, masks[1]),
+                 f"{layer}.1.EncDecAttention.q": (True, masks[1])}  # fmt: skip
+        rows = {name: rows_of(model, name, [batch]) for name in names}
+        step = next(s for s in walk.walk(read(model), [batch]) if s.block.name.startswith("decoder"))
+        weights = [torch.rand(2, length)]
+        found = hessian.collect(step, list(names), weights)
+        for name, (weighted, mask) in names.items():
+            expected, count = reference(rows[name], weights if weighted else None, [mask])
+            assert found[name].tokens == count == int(mask.sum())
+            torch.testing.assert_close(found[name].matrix.double(), expected, rtol=1e-4, atol=1e-6)
