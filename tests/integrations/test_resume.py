@@ -7,9 +7,18 @@ import os
 import random
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hfq
+from hfq.calibration import walk
+from hfq.config import HfqConfig
+from hfq.errors import CheckpointError
 
 CHILD = """
 import signal
@@ -114,3 +123,59 @@ def test_ctrl_c(tmp_path: Path, uninterrupted: bytes) -> None:
     run = Run(tmp_path)
     assert len(run.finish()) <= 5
     assert run.out.read_bytes() == uninterrupted
+
+
+class _Stopped(Exception):
+    """Where a run is cut off in the tests below."""
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "rsq": {"expansion": 2, "bits": 4},
+    "flexround": {"steps": 5, "bits": 4},
+    "layerwise_quant": {"backend": {"method": "rsq"}, "target_bits": 3.0},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_go_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """A rotation is made again before the walk: the finished blocks have to meet the same rotated weights."""
+    ids = torch.randint(0, 100, (6, 24), generator=torch.Generator().manual_seed(1))
+    finish = walk._Walk._finish
+
+    def run(seed: int = 0, stop: int | None = None, change: int | None = None) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100)).eval()
+        if change is not None:
+            model.model.layers[change].mlp.up_proj.weight.data[0, 0] += 0.01
+        done: list[str] = []
+
+        def cut(self: Any, step: Any) -> None:
+            finish(self, step)
+            if self.saved is not None:  # not the walk that scores the blocks
+                done.append(step.block.name)
+            if len(done) == stop:
+                raise _Stopped
+
+        monkeypatch.setattr(walk._Walk, "_finish", cut)
+        config = HfqConfig(
+            method=method, group_size=32, calibration_samples=6, calibration_seqlen=24, calibration_batch_size=2,
+            progress=False, seed=seed, work_dir=None if folder is None else str(folder), **METHODS[method],
+        )  # fmt: skip
+        report = hfq.quantize(model, config, ids)
+        return {key: value.clone() for key, value in model.state_dict().items()}, report
+
+    folder: Path | None = None
+    expected, whole = run()
+    folder = tmp_path
+    for stop in (1, 2):  # cut off after the first block, and after the second
+        with pytest.raises(_Stopped):
+            run(stop=stop)
+    assert len(list(folder.glob("block-*"))) == 2
+    found, report = run()
+    assert expected.keys() == found.keys()
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert [asdict(row) for row in report] == [asdict(row) for row in whole] and report.curves == whole.curves
+    for other in ({"seed": 1}, {"change": 3}):
+        with pytest.raises(CheckpointError, match="another run|other weights"):
+            run(**other)
