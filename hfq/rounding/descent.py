@@ -81,7 +81,7 @@ class Descent:
         system = left + torch.diag_embed(ridge.expand_as(right))
         new, info = torch.linalg.solve_ex(system, right + ridge * old)
         stored = new.to(self.step.dtype)
-        usable = (info == 0)[:, None] & torch.isfinite(stored) & (new >= affine.SMALLEST_SCALE)
+        usable = (info == 0)[:, None] & torch.isfinite(stored) & (new >= affine.smallest_scale(self.spec))
         candidate = torch.where(usable, stored.to(self.dtype), old)
         better = self._value(left, right, candidate) < self._value(left, right, old)
         kept = torch.where(better[:, None], candidate, old).to(self.step.dtype)

@@ -233,3 +233,15 @@ def test_float_zero_points(refine: int) -> None:
     codes, stats = gptq.solve(w, h, spec, clip="mse", refine=refine)
     assert stats["loss"] == pytest.approx(objective(w, codes, h), rel=1e-3)
     assert stats["loss"] < objective(w, nearest.solve(w, spec, clip="mse"), h)
+
+
+def test_descent_does_not_depend_on_the_size_of_the_weight():
+    """Scales of float32 go far below the smallest float16: a scaled weight has the same codes."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(8, 64), torch.randn(200, 64)
+    spec = QuantSpec(3, 32, scale_dtype="float32")
+    plain, start = (gptq.solve(weight, x.t() @ x, spec, refine=rounds)[0] for rounds in (4, 0))
+    small, _ = gptq.solve(weight * 2.0**-24, x.t() @ x, spec, refine=4)
+    assert not torch.equal(plain.scale, start.scale)
+    assert torch.equal(plain.codes, small.codes)
+    assert torch.equal(plain.scale, small.scale * 2.0**24)
