@@ -71,13 +71,15 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def run(folder: Path, name: str, rows: int, kind: str, processes: int) -> list[dict[str, torch.Tensor]]:
+def run(
+    folder: Path, name: str, rows: int, kind: str, processes: int, program: str = CHILD
+) -> list[dict[str, torch.Tensor]]:
     address = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     children = []
     for rank in range(processes):
         given = {"RANK": str(rank), **address} if processes > 1 else {}
         values = {"rows": rows, "kind": kind, "out": str(folder / name), "given": given}
-        children.append(CONTEXT.Process(target=exec, args=(CHILD, values)))
+        children.append(CONTEXT.Process(target=exec, args=(program, values)))
     for child in children:
         child.start()
     for child in children:
@@ -108,3 +110,43 @@ def test_a_process_without_data_and_a_common_progress_folder(tmp_path: Path) -> 
         for key in one:
             assert torch.equal(one[key], other[key]), key
     assert len(list((tmp_path / "two.progress").glob("block-*"))) == 2
+
+
+METHODS = """
+import os
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+import hfq
+from hfq.calibration import ranks
+
+os.environ.update(given)
+if "RANK" in os.environ:
+    dist.init_process_group("gloo")
+ids = torch.randint(0, 100, (rows, 20), generator=torch.Generator().manual_seed(1))
+common = dict(bits=4, group_size=16, calibration_samples=rows, calibration_seqlen=20, calibration_batch_size=1,
+              progress=False)
+result = {}
+for name, config, data in (
+    ("rsq", hfq.RSQConfig(expansion=2, **common), [{"input_ids": row[: 20 - 3 * i]} for i, row in enumerate(ids)]),
+    ("frequency", hfq.RSQConfig(strategy="tokenfreq", **common), ids),
+    ("flexround", hfq.FlexRoundConfig(steps=6, holdout=0.3, input_mix=0.5, **common), ids),
+):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+    hfq.quantize(model, config, data)
+    result.update({f"{name} {key}": value.clone() for key, value in model.state_dict().items()})
+torch.save(result, f"{out}.{ranks.rank()}")
+if dist.is_initialized():
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_whole_methods(tmp_path: Path) -> None:
+    (one,) = run(tmp_path, "one", 5, "llama", 1, METHODS)
+    first, second = run(tmp_path, "two", 5, "llama", 2, METHODS)
+    assert_equal(first, second)
+    assert_equal(one, first)
