@@ -77,6 +77,14 @@ def initial_grid(
     return scale, zero
 
 
+def _rounding_to(weight: torch.Tensor, codes: Codes) -> torch.Tensor:
+    """The matrix nearest to ``weight`` whose nearest grid points are ``codes``."""
+    exact = affine.dequantize(codes)
+    # Short of half a step, so that no rounding of the quotient crosses over.
+    reach = 0.499 * affine.expand(codes.scale.float(), weight.shape[1], codes.spec)
+    return exact + torch.minimum(torch.maximum(weight - exact, -reach), reach)
+
+
 class DivisorRounding(nn.Module):
     """A weight whose rounding is learned by element-wise division. Calling it gives the fake-quantized weight.
 
@@ -90,6 +98,8 @@ class DivisorRounding(nn.Module):
         row_factor: learn one factor per output channel (and, for convolutions, per input channel) on top of the full
             matrix. The low-rank form always has its row and column terms.
         generator: random numbers of the low-rank start.
+        codes: start from these codes on their grid (any solver's) instead of from round-to-nearest. The constant that
+            is divided is then the point nearest to ``weight`` that rounds to them.
 
     At the start every divisor is exactly 1, so the output is round-to-nearest on the initial grid. Scales are
     rounded to the dtype in which they are stored inside the forward pass (straight-through), so what is optimised is
@@ -109,6 +119,7 @@ class DivisorRounding(nn.Module):
         learn_scale: bool = True,
         row_factor: bool = True,
         generator: torch.Generator | None = None,
+        codes: Codes | None = None,
     ) -> None:
         super().__init__()
         if spec.zero_point != "int":
@@ -118,6 +129,9 @@ class DivisorRounding(nn.Module):
         self.spec, self.shape, self.rank = spec, weight.shape, rank
         matrix = weight.detach().float().flatten(1)
         self.rows, self.columns = matrix.shape
+        if codes is not None:
+            grid = (codes.scale, codes.zero_point)
+            matrix = _rounding_to(matrix, codes)
         scale, zero = initial_grid(matrix, spec) if grid is None else grid
         expected = spec.parameter_shape(self.rows, self.columns)
         if tuple(scale.shape) != expected:
