@@ -1,7 +1,9 @@
 """The same function on other numbers: an exact random rescaling of a Llama-like model's channels.
 
 Weights that came out of a low-bit file lie on a grid that a quantizer could just find again. Multiplying channels by
-random factors and dividing the weights that read them leaves the function as it was and takes the grid away. This is
+random factors and dividing the weights that read them leaves the function as it was and takes the grid away. One draw
+is one sample: on the demo model round-to-nearest at 4 bits spreads from 18.5 to 19.6 over six seeds, so methods are
+compared on the same seed, and a small difference on several. This is
 written out for one family of models, independent of the pair discovery, so that it can serve as a check.
 """
 
