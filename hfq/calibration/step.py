@@ -24,11 +24,13 @@ Targets = TensorList | None
 def mask_for(batch: Mapping[str, Any], shape: tuple[int, int], *, later_stack: bool = False) -> torch.Tensor | None:
     """The padding mask (bool ``[B, T]``, true where data is) that belongs to rows ``[B, T]``, ``None`` without padding.
 
-    A decoder prefers its own mask where both have the same shape.
+    A decoder prefers its own mask where both have the same shape; beside an encoder it never takes the encoder's.
     """
-    order = (
-        ("decoder_attention_mask", "attention_mask") if later_stack else ("attention_mask", "decoder_attention_mask")
-    )
+    order = ["attention_mask", "decoder_attention_mask"]
+    if later_stack:
+        order.reverse()
+    if "decoder_input_ids" in batch:
+        del order[1]
     for key in order:
         mask = batch.get(key)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and tuple(mask.shape) == shape:

@@ -246,3 +246,14 @@ def test_cross_attention_counts_the_tokens_of_the_encoder_alike():
             expected, count = reference(rows[name], weights if weighted else None, [mask])
             assert found[name].tokens == count == int(mask.sum())
             torch.testing.assert_close(found[name].matrix.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_decoder_without_a_mask_does_not_take_the_encoders():
+    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=96, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config).eval()
+    mask = (torch.arange(12)[None] < torch.tensor([[12], [5]])).long()
+    batch = {"input_ids": torch.randint(0, 96, (2, 12)), "attention_mask": mask,
+             "decoder_input_ids": torch.randint(0, 96, (2, 12))}  # fmt: skip
+    tokens = {s.block.name: next(iter(hessian.collect(s).values())).tokens for s in walk.walk(read(model), [batch])}
+    assert tokens == {"encoder.block.0": 17, "decoder.block.0": 24}
