@@ -73,7 +73,7 @@ def initial_grid(
     if spec.symmetric:
         empty = ~(affine.extremes(weight.detach().abs().float(), spec)[1] > 0)
         narrow = scale.float() * (max(spec.middle - 1, 1) * 2 / spec.max_code)
-        scale = torch.where(empty, scale.float(), narrow.clamp(min=affine.SMALLEST_SCALE)).to(scale.dtype)
+        scale = torch.where(empty, scale.float(), narrow.clamp(min=affine.smallest_scale(spec))).to(scale.dtype)
     return scale, zero
 
 
@@ -179,7 +179,7 @@ class DivisorRounding(nn.Module):
 
     def scale(self) -> torch.Tensor:
         """``s1`` in float32 with the value it is stored with; straight-through gradient."""
-        scale = (self.start * self.log_scale.exp()).clamp(min=affine.SMALLEST_SCALE)
+        scale = (self.start * self.log_scale.exp()).clamp(min=affine.smallest_scale(self.spec))
         return scale + (scale.detach().to(self.spec.torch_scale_dtype).float() - scale.detach())
 
     def _operands(self) -> tuple[torch.Tensor, ...]:

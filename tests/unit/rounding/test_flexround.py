@@ -163,3 +163,11 @@ def test_impossible_options() -> None:
         DivisorRounding(weight(4, 8), QuantSpec(4), rank=0)
     with pytest.raises(ConfigError, match="does not fit"):
         DivisorRounding(weight(4, 8), QuantSpec(4), grid=(torch.ones(1, 1), None))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_tiny_weights_on_float32_scales(symmetric: bool) -> None:
+    """Scales of float32 go far below the smallest float16: a scaled weight gives the scaled result."""
+    weight, spec = torch.randn(8, 64), QuantSpec(4, 32, symmetric, scale_dtype="float32")
+    plain, small = DivisorRounding(weight, spec), DivisorRounding(weight * 2.0**-24, spec)
+    assert torch.equal(plain(), small() * 2.0**24)
