@@ -68,6 +68,7 @@ class HfqConfig(QuantizationConfigMixin):
     supports_activation_bits: ClassVar[bool] = False
     supports_kv_bits: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = True
+    _given = frozenset[str]()  # fields that were passed in
 
     quant_method: str = field(default=QUANT_METHOD, repr=False)
     method: str = ""
@@ -102,8 +103,7 @@ class HfqConfig(QuantizationConfigMixin):
         for name in kwargs:
             if name not in known:
                 raise ConfigError(f"unknown field {name!r} of {target.__name__}{did_you_mean(name, known)}")
-        made = object.__new__(target)
-        made._given = frozenset(kwargs)
+        (made := object.__new__(target))._given = frozenset(kwargs)
         return made
 
     def __post_init__(self) -> None:

@@ -148,7 +148,7 @@ class _Collector:
         args, kwargs = to_device(self.step.inputs[i], device_of(self.step.block.module))
         # What a decoder block attends to besides its own rows: tokens of another sequence.
         given = dict(leaves((args, kwargs)))
-        own = given.get(self.step.inputs.main)
+        own = None if self.step.inputs.main is None else given.get(self.step.inputs.main)
         self.others = [t for t in given.values() if t is not own and t.ndim == 3]
         try:
             with torch.no_grad(), self.step._counting(i):

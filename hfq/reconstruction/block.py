@@ -94,9 +94,9 @@ def forward_with(block: Any, names: list[str]) -> loop.Forward:
     def forward(weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         replaced = {}
         for name, weight in weights.items():
-            path, flip = paths[name]
+            target, flip = paths[name]
             # The block computes in its own dtype; what is learned stays in float32.
-            replaced[path] = (weight.mT if flip else weight).to(own[path].dtype)
+            replaced[target] = (weight.mT if flip else weight).to(own[target].dtype)
         output = functional_call(block.module, replaced, args, kwargs)
         path = first_tensor(output)
         return next(tensor for where, tensor in leaves(output) if where == path)
