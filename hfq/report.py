@@ -58,11 +58,15 @@ class Report:
         self.rows[row.module] = row
         return row
 
-    def leave(self, module: str, reason: str, *, kind: str = "linear", numel: int = 0, bits: float | None = None) -> None:
+    def leave(
+        self, module: str, reason: str, *, kind: str = "linear", numel: int = 0, bits: float | None = None
+    ) -> None:
         """Record a module that stays float on purpose."""
         self.add(Row(module, kind=kind, status="float", reason=reason, numel=numel, bits=bits))
 
-    def refuse(self, module: str, reason: str, *, kind: str = "linear", asked: dict[str, Any] | None = None, numel: int = 0) -> None:
+    def refuse(
+        self, module: str, reason: str, *, kind: str = "linear", asked: dict[str, Any] | None = None, numel: int = 0
+    ) -> None:
         """Record a module that was asked for and not done: an error at the end unless ``allow_partial=True``."""
         self.add(Row(module, kind=kind, status="refused", reason=reason, asked=asked or {}, numel=numel))
 

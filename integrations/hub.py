@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,23 @@ def push_folder(
 def keep_card(model: Any) -> None:
     """Make ``model.push_to_hub`` push hfq's card: the library's own would overwrite it with a generic one."""
     if hasattr(type(model), "push_to_hub"):
-        model.push_to_hub = functools.partial(_push_method, model)
+        model.push_to_hub = _Push(model)
+
+
+class _Push:
+    """The method of one model; holds it weakly, so that a model that goes out of use is freed at once."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, *args: Any, **options: Any) -> str:
+        return _push_method(self.model(), *args, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Push:
+        return _Push(memo.get(id(self.model()), self.model()))
+
+    def __reduce__(self) -> Any:
+        return _Push, (self.model(),)
 
 
 def _push_method(model: Any, repo_id: str, **options: Any) -> str:

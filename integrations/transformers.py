@@ -83,6 +83,7 @@ class HfqHfQuantizer(HfQuantizer):
 
     def _finish_packed(self, model: Any) -> None:
         from hfq import api
+        from hfq.integrations import hub
         from hfq.layers import swap
         from hfq.report import Report
 
@@ -92,6 +93,7 @@ class HfqHfQuantizer(HfQuantizer):
             self._dequantize(model)
             return
         api.prepare(model, config)
+        hub.keep_card(model)
         if "hfq_report" in self._header:
             model.hfq_report = Report.from_dict(json.loads(self._header["hfq_report"]))
 
@@ -149,7 +151,7 @@ class HfqHfQuantizer(HfQuantizer):
 
 def attach(model: Any, config: HfqConfig) -> None:
     """Mark a live ``PreTrainedModel`` as quantized with ``config``, so that it saves as a packed checkpoint."""
-    from hfq.integrations import guard
+    from hfq.integrations import guard, hub
 
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, HfqHfQuantizer):
@@ -159,4 +161,5 @@ def attach(model: Any, config: HfqConfig) -> None:
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
     guard.add_rename(model)
+    hub.keep_card(model)
 

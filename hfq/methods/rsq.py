@@ -29,7 +29,8 @@ class RSQConfig(HfqConfig):
         percdamp: share of the mean diagonal added to the Hessian's diagonal.
         clip: search of a group's range, "mse" with the norm ``clip_norm`` in steps of ``1 / clip_grid``, or "none".
         weigh_clip: weigh that search with the Hessian's diagonal (not in the paper).
-        act_order: columns with the largest inputs first.
+        act_order, static_groups: columns with the largest inputs first; with groups, whose grids then have to be found
+            before.
         refine: rounds of descent on the same objective after the column loop (not in the paper).
     """
 
@@ -51,13 +52,14 @@ class RSQConfig(HfqConfig):
     clip_grid: int = option(100, range=(1, 1000))
     weigh_clip: bool = option(False)
     act_order: bool = option(False)
+    static_groups: bool = option(False)
     refine: int = option(0, range=(0, 100))
 
     def check(self) -> None:
         if self.r_min > self.r_max:
             raise ConfigError(f"r_min={self.r_min} is above r_max={self.r_max}")
-        if self.act_order and self.group_size > 0:
-            raise ConfigError(f"act_order=True needs group_size=-1: group_size={self.group_size} fixes the order")
+        if self.act_order and self.group_size > 0 and not self.static_groups:
+            raise ConfigError("act_order=True with groups needs static_groups=True: columns are taken out of order")
 
 
 def rotate(model: Any, plan: Any, data: Any, config: RSQConfig, report: Report) -> dict[str, Any]:
@@ -81,8 +83,8 @@ def quantize(model: Any, data: Any, config: RSQConfig, report: Report) -> None:
     online = rotate(model, plan, data, config, report) if config.rotate else {}
     data = importance.expand(data, config.expansion)
     solver = Solver(
-        percdamp=config.percdamp, act_order=config.act_order, clip=config.clip, norm=config.clip_norm,
-        grid=config.clip_grid, weigh_clip=config.weigh_clip, refine=config.refine,
+        percdamp=config.percdamp, act_order=config.act_order, static_groups=config.static_groups, clip=config.clip,
+        norm=config.clip_norm, grid=config.clip_grid, weigh_clip=config.weigh_clip, refine=config.refine,
     )
     for step in walk(plan, data, report=report, **config.walk_options()):
         weights = None

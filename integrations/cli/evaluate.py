@@ -25,11 +25,19 @@ def evaluate(
     reference: str = typer.Option("", "--reference", "-r", help="Float model to compare logits and speed with."),
     speed: bool = typer.Option(False, "--speed", help="Also measure decode and prefill speed."),
     save: bool = typer.Option(False, "--save", help="Keep the numbers in the folder, for its card."),
+    tasks: str = typer.Option("", "--tasks", "-t", help="Instead: tasks of lm-eval, separated by commas."),
+    limit: int = typer.Option(None, "--limit", min=1, help="Examples of each task; default all."),
+    task_folder: Path = typer.Option(None, "--task-folder", help="Folder of your own task definitions."),
 ) -> None:
     """Measure one model: perplexity, and agreement with the float model where one is named.
 
     [dim]hfq eval out/rsq-4bit --data demo --reference demo --speed --save[/]
+
+    [dim]hfq eval out/rsq-4bit --tasks arc_easy,piqa --limit 200[/]
     """
+    if tasks:
+        run_tasks(model, [name.strip() for name in tasks.split(",")], limit, task_folder)
+        return
     if save and not Path(model).is_dir():
         raise ConfigError(f"--save needs a folder, {model!r} is none")
     rows, about = measured([reference, model] if reference else [model], data, windows, length, speed=speed)
@@ -44,6 +52,19 @@ def evaluate(
         about.samples = old.samples
         about.save(model)
         screen.say(f"kept in {model}; `hfq card {model}` writes them into the card")
+
+
+def run_tasks(model: str, tasks: list[str], limit: int | None, folder: Path | None) -> None:
+    """A table of task, metric and value."""
+    from hfq.integrations import measure
+    from hfq.integrations import tasks as task_module
+
+    rows = task_module.evaluate(
+        measure.load_model(model), measure.load_tokenizer(model), tasks, limit=limit, folder=folder
+    )
+    cells = [[row["task"], row["metric"], f"{row['value']:.4f}",
+              "–" if row["stderr"] is None else f"{row['stderr']:.4f}", str(row["examples"] or "–")] for row in rows]
+    screen.table(["task", "metric", "value", "standard error", "examples"], cells, title=model, numbers=[2, 3, 4])
 
 
 def compare(

@@ -200,8 +200,8 @@ def test_push_and_pull(hub, client):
 
 def test_plain_push_has_the_card_too(hub, client):
     pushed = client(MODEL + """
-    from hfq.integrations.hub import keep_card
-    keep_card(model)
+    import copy
+    assert copy.deepcopy(model).push_to_hub.model() is not model
     model.push_to_hub("plain-model")
     """).strip().splitlines()
     assert pulled(client, "plain-model") == pushed[0]
