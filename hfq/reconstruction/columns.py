@@ -12,7 +12,7 @@ from torch import nn
 from hfq.calibration import hessian
 from hfq.calibration.step import Step
 from hfq.formats import PER_TENSOR, Codes, QuantSpec
-from hfq.reconstruction.direct import expert_matrices
+from hfq.reconstruction.direct import embedding_spec, expert_matrices
 from hfq.rounding import nearest
 from hfq.rounding.gptq import Factor, factorise, solve, solve_many
 
@@ -126,7 +126,8 @@ def _experts(step: Step, site: Any, moments: Mapping[str, Any], spec: QuantSpec,
 
 def _embedding(step: Step, site: Any, moments: Any, spec: QuantSpec, solver: Solver) -> None:
     # Each row is read alone: its second moment is the identity, for which rounding to nearest is optimal.
-    codes = nearest.solve(site.weight.detach(), spec, clip=solver.clip, norm=solver.norm)
+    weight = site.weight.detach()
+    codes = nearest.solve(weight, embedding_spec(weight, spec), clip=solver.clip, norm=solver.norm)
     step.swap(site, codes, asked=spec.to_dict(), tokens=moments.tokens)
 
 

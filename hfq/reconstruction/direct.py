@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from hfq.layers import swap
 from hfq.report import Report
 from hfq.rounding import nearest
 
-__all__ = ["expert_matrices", "pack_nearest", "pack_outside"]
+__all__ = ["embedding_spec", "expert_matrices", "pack_nearest", "pack_outside"]
 
 
 def pack_nearest(
@@ -33,6 +34,7 @@ def pack_nearest(
     elif site.kind in ("linear", "transposed", "embedding"):
         weight = site.weight.detach()
         matrix = weight.t() if site.kind == "transposed" else weight
+        spec = embedding_spec(weight, spec) if site.kind == "embedding" else spec
         swap.swap(model, site.name, nearest.solve(matrix, spec, clip=clip), report, asked=asked, reason=reason)
     else:
         why = f"no packed layer for sites of kind {site.kind!r}"
@@ -43,6 +45,15 @@ def expert_matrices(site: Any, name: str) -> torch.Tensor:
     """Parameter ``name`` of a bank of experts as ``[E, out, in]``; some banks keep ``[E, in, out]`` and say so."""
     bank: torch.Tensor = getattr(site.module, name).detach()
     return bank.transpose(1, 2) if getattr(site.module, "is_transposed", False) else bank
+
+
+def embedding_spec(weight: torch.Tensor, spec: QuantSpec) -> QuantSpec:
+    """``spec`` with scales of the weight's own dtype.
+
+    An embedding holds the first tensors of most models, and libraries take a model's dtype from its first
+    floating-point tensor: scales of another dtype would change what the model computes in, and is saved as.
+    """
+    return replace(spec, scale_dtype=str(weight.dtype).removeprefix("torch."))
 
 
 def pack_outside(plan: Any, config: Any, report: Report, *, clip: str = "none") -> None:

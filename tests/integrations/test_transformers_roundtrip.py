@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, pipeline
 
 import hfq
 from hfq.config import HfqConfig
@@ -296,3 +296,19 @@ def test_the_saved_name_is_reversible():
     for other in ("a.c.weight", "a.b.scale", "a.b.bias", "b.weight", "aa.b.weight"):
         assert rename.rename_source_key(other)[0] == other
     assert rename.reverse_transform().rename_source_key("c.d.qweight")[0] == "c.d.qweight"
+
+
+def test_packed_embedding_keeps_the_dtype_of_the_model(tmp_path):
+    """transformers takes a model's dtype from its first floating-point tensor, which is then a scale."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=128, **sizes), dtype=dtype).eval()
+        config = hfq.RTNConfig(bits=4, group_size=32, overrides={"embed_tokens": {"bits": 8}}, progress=False)
+        report = hfq.quantize(model, config)
+        assert report.rows["model.embed_tokens"].status == "packed" and model.dtype == dtype
+        model.save_pretrained(tmp_path / str(dtype))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / str(dtype))
+        ids = torch.arange(12)[None]
+        assert again.dtype == again.lm_head.weight.dtype == dtype
+        assert torch.equal(again(ids).logits, model(ids).logits)
