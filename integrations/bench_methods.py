@@ -56,7 +56,9 @@ GPTQ = {
 }
 SEARCH = {**GPTQ, "refine": 4}
 RSQ = {"r_min": 0.1, **SEARCH}
-FLEXROUND = {"steps": 200, "lr": 1e-3, "batch_size": 8, "clip": "mse"}
+FLEXROUND = {
+    "start": "gptq", "steps": 100, "lr": 5e-4, "scale_lr": 5e-5, "batch_size": 4, "mixed_precision": True,
+}
 
 
 def _layerwise(bits: tuple[int, int], target: float) -> list[Case]:

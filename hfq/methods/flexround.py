@@ -45,6 +45,8 @@ class FlexRoundConfig(HfqConfig):
 
     method = "flexround"
 
+    calibration_samples: int = option(512, range=(1, 1 << 20))
+    calibration_seqlen: int = option(1024, range=(1, 1 << 20))
     mode: str = option("full", choices=("full", "lrq"), per_module=True)
     rank: int | None = option(None, range=(1, 1 << 16), per_module=True)
     steps: int = option(5000, range=(0, 1_000_000))
