@@ -22,8 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hfq import kernels
-from hfq.calibration import memory, ranks
+from hfq import kernels, memory
+from hfq.calibration import ranks
 from hfq.calibration.cache import ActivationCache, Slot, Store, Stored, TensorList, leaves, rebuild
 from hfq.calibration.capture import calls_of, first_tensor, quiet, row_of
 from hfq.calibration.chain import Stack, probe, skeleton

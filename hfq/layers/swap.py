@@ -17,12 +17,15 @@ from hfq.layers.online import Hadamard, StreamRotation
 from hfq.layers.packed import Memory, PackedModule, check_slot
 from hfq.layers.rebuild import build_empty, describe, packed_modules
 from hfq.layers.slot import Slot
+from hfq.memory import give_back
 from hfq.report import Report, Row
 
 __all__ = [
     "build_empty", "check", "check_codes", "dequantize_modules", "describe", "freeze", "kind_of", "packed_modules",
     "prepare", "swap", "swap_experts",
 ]  # fmt: skip
+
+_TRIM_EVERY = 8 << 20  # bytes of prepared layers between two returns of free memory to the system
 
 
 def swap(
@@ -159,7 +162,17 @@ def _kernel(module: PackedModule) -> str | None:
 
 def prepare(model: nn.Module, memory: Memory = "compact") -> list[str]:
     """Make the runtime form of every packed layer that is in memory and not under an offloading hook; their names."""
-    return [name for name, module in packed_modules(model).items() if module.prepare(memory)]
+    done, converted = [], 0
+    for name, module in packed_modules(model).items():
+        if module.prepare(memory):
+            done.append(name)
+            converted += module.nbytes
+        # Conversion needs several times the layer for a moment; what stays is laid into the holes that this leaves.
+        if converted > _TRIM_EVERY:
+            give_back()
+            converted = 0
+    give_back()
+    return done
 
 
 def freeze(model: nn.Module) -> None:
