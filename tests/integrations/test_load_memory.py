@@ -18,9 +18,13 @@ import hfq
 from hfq.memory import PeakMemory
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1])  # imports, thread pools
-with PeakMemory(0.002) as memory:
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
-print(memory.peak)
+peaks = []
+for _ in range(3):  # the least of three: on a busy machine freed memory goes back late
+    with PeakMemory(0.002) as memory:
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
+    peaks.append(memory.peak)
+    del model
+print(min(peaks))
 """
 
 
@@ -41,4 +45,4 @@ def test_loading_peaks_under_1_3_times_the_file(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     size = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
-    assert int(done.stdout.split()[-1]) < 1.3 * size
+    assert 0.5 * size < int(done.stdout.split()[-1]) < 1.3 * size
