@@ -61,13 +61,13 @@ FLEXROUND = {
 }
 
 
-def _layerwise(bits: tuple[int, int], target: float) -> list[Case]:
-    common = {"high_bits": bits[0], "low_bits": bits[1], "target_bits": target,
-              "backend": {"method": "gptq", **GPTQ, **_GRID}}
+def _layerwise(bits: tuple[int, int], target: float, backend: dict[str, Any]) -> list[Case]:
+    common = {"high_bits": bits[0], "low_bits": bits[1], "target_bits": target, "backend": backend}
     orders: list[tuple[str, dict[str, Any]]] = [("LIM", {"score": "lim"}), ("ZD", {"score": "zd"})]
     orders.append(("reversed LIM", {"score": "lim", "order": "reversed"}))
     orders += [(f"random {seed}", {"order": "random", "seed": seed}) for seed in range(3)]
-    return [_case(f"layer-wise {bits[0]}/{bits[1]} at {target}, {name}", "layerwise_quant", **common, **more)
+    label = f"layer-wise {bits[0]}/{bits[1]} at {target} over {backend['method']}"
+    return [_case(f"{label}, {name}", "layerwise_quant", **common, **more)
             for name, more in orders]
 
 
@@ -92,7 +92,11 @@ TABLES: dict[str, list[Case]] = {
         _case("RSQ, 4 bits, rescaled", "rsq", bits=4, rescaled=True, **RSQ),
         _case("FlexRound, 4 bits, rescaled", "flexround", bits=4, rescaled=True, **FLEXROUND),
     ],
-    "layerwise": [*_layerwise((4, 3), 3.5), *_layerwise((4, 2), 3.0)],
+    "layerwise": [
+        *[_case(f"round to nearest, {bits} bits", "rtn", bits=bits) for bits in (4, 3)],
+        *_layerwise((4, 3), 3.5, {"method": "rtn"}),
+        *_layerwise((4, 2), 3.0, {"method": "gptq", **GPTQ}),
+    ],
 }
 
 

