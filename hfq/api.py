@@ -233,6 +233,11 @@ def _record(model: nn.Module, config: HfqConfig, report: Report) -> None:
     """Put the outcome where saving finds it."""
     from hfq.layers import swap
 
+    # What serves a layer is known only now: while it was calibrated, its products were the reference's.
+    for name, module in swap.packed_modules(model).items():
+        if name in report.rows and module.device.type != "meta":
+            report.rows[name].kernel = swap.kernel_of(module)
+
     config.manifest = swap.describe(model)
     totals = report.totals
     counts = {status: sum(row.status == status for row in report) for status in ("packed", "float", "refused")}

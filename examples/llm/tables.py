@@ -40,6 +40,8 @@ def section(rows: Mapping[str, Mapping[str, Any]], tables: Iterable[str], method
             cases = [case for case in cases if case.method in ("", "rtn", method)]
             if not any(case.method == method for case in cases):
                 continue
+        elif not any(case.method not in ("", "rtn") for case in cases):
+            continue  # nothing but what the others would be compared with
         found = [rows[case.name] for case in cases]
         if found:
             parts += [f"**{TITLES[name]}**", "", markdown(found), ""]
@@ -47,7 +49,8 @@ def section(rows: Mapping[str, Mapping[str, Any]], tables: Iterable[str], method
     if not parts:
         return "Not measured yet."
     names = ",".join(tables)
-    parts.append(f"Model and text: {MODEL}. {PROTOCOL}. Machine: {'; '.join(sorted(machines))}.")
+    where = "; ".join(sorted(machines))
+    parts.append(f"Model and text: {MODEL}. {PROTOCOL}. Rows that are missing were not measured. Machine: {where}.")
     parts += ["", "```bash", f"hfq bench methods demo --table {names} --output out/methods.json", "```"]
     return "\n".join(parts)
 

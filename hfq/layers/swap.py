@@ -21,8 +21,8 @@ from hfq.memory import give_back
 from hfq.report import Report, Row
 
 __all__ = [
-    "build_empty", "check", "check_codes", "dequantize_modules", "describe", "freeze", "kind_of", "packed_modules",
-    "prepare", "swap", "swap_experts",
+    "build_empty", "check", "check_codes", "dequantize_modules", "describe", "freeze", "kernel_of", "kind_of",
+    "packed_modules", "prepare", "swap", "swap_experts",
 ]  # fmt: skip
 
 _TRIM_EVERY = 8 << 20  # bytes of prepared layers between two returns of free memory to the system
@@ -74,7 +74,7 @@ def swap(
             bits += 8 * sum(p.nbytes for p in online.parameters()) / codes.codes.numel()
         report.add(Row(
             name, kind=kind, reason=reason, asked=dict(asked or codes.spec.to_dict()), bits=bits,
-            numel=codes.codes.numel(), error=distance, tokens=tokens, kernel=_kernel(new), extra=dict(extra or {}),
+            numel=codes.codes.numel(), error=distance, tokens=tokens, kernel=kernel_of(new), extra=dict(extra or {}),
         ))  # fmt: skip
     return new
 
@@ -124,7 +124,7 @@ def swap_experts(
         report.add(Row(
             name, kind="experts", reason=reason, asked=dict(asked or next(iter(slots.values())).spec.to_dict()),
             bits=stored / numel, numel=numel, error=_relative_error(pairs) if pairs else None, tokens=tokens,
-            kernel=_kernel(new), extra=dict(extra or {}),
+            kernel=kernel_of(new), extra=dict(extra or {}),
         ))  # fmt: skip
     return new
 
@@ -156,7 +156,8 @@ def _relative_error(
     return (wrong / total) ** 0.5 if total else wrong**0.5
 
 
-def _kernel(module: PackedModule) -> str | None:
+def kernel_of(module: PackedModule) -> str | None:
+    """Name of the backend that serves one row of input, where the module is now."""
     return next((choice.backend for choice in module.explain() if choice.chosen), None)
 
 
