@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -272,8 +273,11 @@ def _train(rank: int, world: int, results: Any, port: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one() -> None:
+def test_two_processes_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
+
+    # The children import this module by its name, which plain `pytest` leaves off the path.
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
