@@ -23,24 +23,11 @@ _INNER = 32  # columns whose feedback is applied one by one; larger blocks are u
 
 
 def solve(
-    weight: torch.Tensor,
-    hessian: torch.Tensor | Factor,
-    spec: QuantSpec,
-    *,
-    clip: str = "none",
-    norm: float = 2.4,
-    grid: int = 100,
-    max_shrink: float = 0.8,
-    weigh_clip: bool = False,
-    percdamp: float = 0.01,
-    block_size: int = 128,
-    act_order: bool = False,
-    static_groups: bool = False,
-    refine: int = 0,
-    dtype: torch.dtype = torch.float32,
-    name: str = "",
+    weight: torch.Tensor, hessian: torch.Tensor | Factor, spec: QuantSpec, **options: Any
 ) -> tuple[Codes, dict[str, Any]]:
     """Codes of ``weight`` ``[rows, K]`` that minimise the error on inputs with second moment ``hessian``.
+
+    The options, and their defaults, are those of :func:`solve_many`.
 
     Args:
         hessian: ``[K, K]``, or the result of :func:`factorise` (then ``percdamp`` and ``act_order`` are already in it).
@@ -61,23 +48,7 @@ def solve(
         ConfigError: ``act_order`` with groups and without ``static_groups``, or sizes that do not fit.
         QuantizationError: the Hessian cannot be factorised, or something is not finite.
     """
-    return solve_many(
-        [weight],
-        hessian,
-        spec,
-        clip=clip,
-        norm=norm,
-        grid=grid,
-        max_shrink=max_shrink,
-        weigh_clip=weigh_clip,
-        percdamp=percdamp,
-        block_size=block_size,
-        act_order=act_order,
-        static_groups=static_groups,
-        refine=refine,
-        dtype=dtype,
-        name=name,
-    )[0]
+    return solve_many([weight], hessian, spec, **options)[0]
 
 
 def solve_many(

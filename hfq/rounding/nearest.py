@@ -8,6 +8,7 @@ layout in which :mod:`hfq.rounding.gptq` fits one group of all rows at a time.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -25,21 +26,12 @@ _CHUNK_OTHER = 1 << 24
 _MOST_ZERO_POINTS = 16
 
 
-def solve(
-    weight: torch.Tensor,
-    spec: QuantSpec,
-    *,
-    clip: str = "none",
-    norm: float = 2.4,
-    grid: int = 100,
-    max_shrink: float = 0.8,
-    share: float = 0.999,
-    hessian_diag: torch.Tensor | None = None,
-) -> Codes:
-    """Codes of ``weight`` ``[rows, in_features]`` on the grid that :func:`grid_of` finds; halves round to even."""
-    scale, zero_point = grid_of(
-        weight, spec, clip=clip, norm=norm, grid=grid, max_shrink=max_shrink, share=share, hessian_diag=hessian_diag
-    )
+def solve(weight: torch.Tensor, spec: QuantSpec, **options: Any) -> Codes:
+    """Codes of ``weight`` ``[rows, in_features]`` on the grid that :func:`grid_of` finds with the same options.
+
+    Halves round to even.
+    """
+    scale, zero_point = grid_of(weight, spec, **options)
     return Codes(affine.encode(weight.detach().float(), scale, zero_point, spec), scale, zero_point, spec)
 
 
