@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hfq.errors import QuantizationError
+from hfq.formats import ActivationSpec, activation
+from hfq.layers.fake import fake_inputs
+
+
+def test_only_inside_the_block_and_only_the_modules_that_are_named():
+    torch.manual_seed(0)
+    first, second = nn.Linear(8, 8), nn.Linear(8, 4)
+    model, x, spec = nn.Sequential(first, second), torch.randn(5, 8), ActivationSpec(3)
+    plain = model(x)
+    with fake_inputs({first: spec, second: None}):
+        assert torch.equal(model(x), second(first(activation.fake(x, spec))).detach())
+        assert torch.equal(first(input=x), nn.functional.linear(activation.fake(x, spec), first.weight, first.bias))
+    assert torch.equal(model(x), plain)
+    with pytest.raises(ZeroDivisionError), fake_inputs({first: spec}):
+        raise ZeroDivisionError
+    assert not first._forward_pre_hooks
+
+
+def test_factors_and_static_parameters_get_gradients():
+    layer, x = nn.Linear(8, 8), torch.randn(5, 8)
+    factor = torch.tensor([0.8], requires_grad=True)
+    with fake_inputs({layer: ActivationSpec(4, factor=True)}, factors={layer: factor}):
+        layer(x).square().sum().backward()
+    assert factor.grad is not None and factor.grad.abs() > 0
+    scale = torch.tensor([0.1], requires_grad=True)
+    with fake_inputs({layer: ActivationSpec(4, True, "tensor", dynamic=False)}, params={layer: (scale, None)}):
+        layer(x).square().sum().backward()
+    assert scale.grad is not None and scale.grad.abs() > 0
+
+
+@pytest.mark.parametrize("spec", [ActivationSpec(factor=True), ActivationSpec(8, True, "tensor", dynamic=False)])
+def test_what_is_missing_is_said(spec):
+    with pytest.raises(QuantizationError, match="do not agree"), fake_inputs({nn.Linear(4, 4): spec}):
+        pass
