@@ -73,9 +73,10 @@ class Pair:
     Attributes:
         kind: "norm" (norm → readers), "vo" (value → output projection through attention), "updown" (up → down
             through an elementwise product or a ReLU), "direct" (matrix → matrix), "qk" (query ↔ key), "rotation" (of a
-            residual stream: ``sources`` write it, ``readers`` read it).
+            residual stream: ``sources`` write it, ``readers`` read it), "gate" (up ↔ gate of a gated unit).
         place: the block, or for a rotation the container of the stack.
         through: what lies between ("attention", "product", "relu", "").
+        activation: "gate": the module between gate and the product, which has to take the scale.
         positive: only positive scales.
         heads: "vo": output channels of the source that one rotation may mix, ``[n, d]``; ``reader_heads`` the inputs
             of every reader that receive them.
@@ -93,6 +94,7 @@ class Pair:
     partners: list[Link] = field(default_factory=list)
     classes: int = 0
     through: str = ""
+    activation: str = ""
     positive: bool = False
     heads: torch.Tensor | None = None
     reader_heads: list[torch.Tensor] = field(default_factory=list)
