@@ -10,9 +10,11 @@ from torch import nn
 from hfq.errors import CheckpointError, ConfigError
 from hfq.formats import QuantSpec
 
-__all__ = ["VERSION", "entries", "fields", "locate", "size", "spec_of"]
+__all__ = ["VERSION", "entries", "fields", "locate", "parts", "size", "spec_of"]
 
 VERSION = 1
+# Lists of the manifest besides the rotations; each entry names its module.
+_LISTS = {"rotations": "rotation", "attention": "attention", "attached": "attached matrix"}
 
 # No tensor dimension of any model is near this; a larger one is damage or malice, and must not reach an allocation.
 _LARGEST = 1 << 31
@@ -29,19 +31,25 @@ def entries(manifest: Any) -> tuple[dict[str, Mapping[str, Any]], list[Mapping[s
     version = manifest.get("version", VERSION)
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise CheckpointError(f"the manifest has version {version!r}; this hfq reads up to {VERSION}: upgrade hfq")
-    unknown = set(manifest) - {"version", "layers", "rotations"}
+    unknown = set(manifest) - {"version", "layers", *_LISTS}
     if unknown:
         raise CheckpointError(f"the manifest has unknown parts {sorted(unknown)}: it was written by a newer hfq")
-    layers, rotations = manifest.get("layers", {}), manifest.get("rotations", [])
-    if not isinstance(layers, Mapping) or not isinstance(rotations, list):
-        raise CheckpointError("the manifest needs a dictionary 'layers' and a list 'rotations'")
+    layers = manifest.get("layers", {})
+    if not isinstance(layers, Mapping) or any(not isinstance(manifest.get(kind, []), list) for kind in _LISTS):
+        raise CheckpointError(f"the manifest needs a dictionary 'layers' and a list {', '.join(map(repr, _LISTS))}")
     for name, entry in layers.items():
         if not isinstance(name, str) or not name or not isinstance(entry, Mapping):
             raise CheckpointError(f"the manifest entry {name!r} is damaged")
-    for entry in rotations:
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("module"), str):
-            raise CheckpointError(f"the manifest has a damaged rotation: {entry!r}")
-    return dict(layers), rotations
+    for kind, what in _LISTS.items():
+        for entry in manifest.get(kind, []):
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("module"), str):
+                raise CheckpointError(f"the manifest has a damaged {what}: {entry!r}")
+    return dict(layers), manifest.get("rotations", [])
+
+
+def parts(manifest: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
+    """The entries of a list of the manifest, checked by :func:`entries`."""
+    return manifest.get(kind, [])
 
 
 def fields(name: str, entry: Any, known: set[str]) -> None:

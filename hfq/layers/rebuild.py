@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
+from hfq.layers import attention
 from hfq.layers import manifest as record
 from hfq.layers import online as streams
 from hfq.layers.experts import pack_experts
@@ -25,11 +26,13 @@ def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """The manifest: what :func:`build_empty` needs to rebuild the packed layers and rotations. JSON only."""
+    """The manifest: what :func:`build_empty` needs to rebuild packed layers, rotations and attention. JSON only."""
+    lists = {"attention": attention.describe(model)}
     return {
         "version": record.VERSION,
         "layers": {name: module.describe() for name, module in packed_modules(model).items()},
         "rotations": streams.rotations(model),
+        **{kind: found for kind, found in lists.items() if found},
     }
 
 
@@ -64,6 +67,12 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
             block = model.get_submodule(place)
             rotation = streams.empty_rotation(block, entry, entry["module"], _widths(block))
             turns += [] if rotation is None else [(place, rotation)]
+    attentions: list[tuple[str, attention.AttentionQuant]] = []
+    for entry in record.parts(manifest, "attention"):
+        place = record.locate(model, entry["module"], layers)
+        if place is not None:
+            part = attention.empty_part(model.get_submodule(place), entry, entry["module"])
+            attentions += [] if part is None else [(place, part)]
     for place, build in todo:
         new = build()
         assert isinstance(new, PackedModule)
@@ -71,6 +80,8 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
         model.set_submodule(place, new)
     for place, rotation in turns:
         streams.attach(model.get_submodule(place), rotation)
+    for place, part in attentions:
+        attention.install(model, place, part)
     return [place for place, _ in todo]
 
 
