@@ -6,7 +6,6 @@ as a Hadamard transform in front of a product.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -23,6 +22,7 @@ from hfq.graph.read import Plan, Site
 from hfq.graph.trace import evaluating
 from hfq.kernels import hadamard
 from hfq.layers import online
+from hfq.transforms import init
 from hfq.transforms.fold import check_plan, folds_of
 
 __all__ = ["make_rotation", "online_input", "online_of", "rotate_heads", "rotate_stream"]
@@ -131,34 +131,18 @@ def make_rotation(
     if not fix_ones:
         return "hadamard", {"signs": signs}, block
     rotation = hadamard.transform(torch.diag(signs.double()), block or width)
-    return "dense", {"matrix": _keeping_ones(rotation).float()}, None
+    return "dense", {"matrix": init.keep_ones(rotation).float()}, None
 
 
 def _random_orthogonal(width: int, fix_ones: bool, generator: torch.Generator | None) -> torch.Tensor:
     """Uniformly distributed over the orthogonal matrices (that fix the ones vector), float64."""
-    size = width - 1 if fix_ones else width
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    q = q * torch.sign(torch.diagonal(r))
+    q = init.random_orthogonal(width - 1 if fix_ones else width, generator)
     if not fix_ones:
         return q
     inner = torch.eye(width, dtype=torch.float64)
     inner[1:, 1:] = q
-    # A reflection that exchanges the first unit vector and the normalised ones vector.
-    w = torch.full((width,), 1 / math.sqrt(width), dtype=torch.float64)
-    w[0] -= 1
-    reflection = torch.eye(width, dtype=torch.float64)
-    if float(w @ w) > 1e-12:
-        reflection -= 2 * torch.outer(w, w) / (w @ w)
-    return reflection @ inner @ reflection
-
-
-def _keeping_ones(rotation: torch.Tensor) -> torch.Tensor:
-    """``rotation`` followed by the reflection that brings the image of the ones vector back to it."""
-    ones = torch.ones(rotation.shape[0], dtype=rotation.dtype)
-    w = ones @ rotation - ones
-    if float(w @ w) < 1e-12:
-        return rotation
-    return rotation - 2 * torch.outer(rotation @ w, w) / (w @ w)
+    basis = init.ones_basis(width)
+    return basis @ inner @ basis
 
 
 def _outputs(model: nn.Module, call: Callable[[], Any]) -> list[torch.Tensor]:
