@@ -16,7 +16,10 @@ from torch import nn
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.kernels import hadamard
 
-__all__ = ["Hadamard", "StreamRotation", "attach", "empty_rotation", "install_rotation", "rotations"]
+__all__ = [
+    "Hadamard", "StreamRotation", "attach", "empty_rotation", "install_rotation", "rotations", "turn_input",
+    "turn_output",
+]  # fmt: skip
 
 Side = Literal["in", "out"]
 _CHILD = {"in": "hfq_rotation_in", "out": "hfq_rotation_out"}
@@ -169,27 +172,43 @@ def _orthogonal(size: int, matrix: torch.Tensor | None, device: Any) -> torch.Te
 
 
 def _rotate_in(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    rotation: Any = module.hfq_rotation_in
-    if "hidden_states" in kwargs:
-        return args, {**kwargs, "hidden_states": rotation(kwargs["hidden_states"])}
-    if not args or not isinstance(args[0], torch.Tensor):
-        raise QuantizationError(f"{type(module).__name__} was called without a hidden state: its rotation cannot run")
-    return (rotation(args[0]), *args[1:]), kwargs
+    return turn_input(module.hfq_rotation_in, module, args, kwargs)
 
 
 def _rotate_out(module: nn.Module, args: tuple, output: Any) -> Any:
-    rotation: Any = module.hfq_rotation_out
+    return turn_output(module.hfq_rotation_out, module, output)
+
+
+def turn_input(turn: Any, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a block with ``turn`` applied to the hidden state.
+
+    Raises:
+        QuantizationError: there is no hidden state among them.
+    """
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": turn(kwargs["hidden_states"])}
+    if not args or not isinstance(args[0], torch.Tensor):
+        raise QuantizationError(f"{type(block).__name__} was called without a hidden state: its rotation cannot run")
+    return (turn(args[0]), *args[1:]), kwargs
+
+
+def turn_output(turn: Any, block: nn.Module, output: Any) -> Any:
+    """What a block returned with ``turn`` applied to the hidden state.
+
+    Raises:
+        QuantizationError: the output has none.
+    """
     if isinstance(output, torch.Tensor):
-        return rotation(output)
+        return turn(output)
     if isinstance(output, dict):  # a ModelOutput: its first entry is the hidden state
         key = next(iter(output))
-        output[key] = rotation(output[key])
+        output[key] = turn(output[key])
         return output
     if isinstance(output, tuple) and hasattr(output, "_replace"):
-        return output._replace(**{output._fields[0]: rotation(output[0])})  # type: ignore[attr-defined]
+        return output._replace(**{output._fields[0]: turn(output[0])})  # type: ignore[attr-defined]
     if isinstance(output, (tuple, list)):
-        return type(output)([rotation(output[0]), *output[1:]])
-    raise QuantizationError(f"{type(module).__name__} returned {type(output).__name__}: its rotation cannot be undone")
+        return type(output)([turn(output[0]), *output[1:]])
+    raise QuantizationError(f"{type(block).__name__} returned {type(output).__name__}: its rotation cannot be undone")
 
 
 def attach(block: nn.Module, rotation: StreamRotation) -> None:
