@@ -19,7 +19,7 @@ from hfq.calibration.observers import MinMax
 from hfq.calibration.step import input_rows
 from hfq.errors import ConfigError, QuantizationError
 
-__all__ = ["RULES", "InputRanges", "Outliers", "Rule", "channel_scales", "class_scales", "detect", "truncate"]
+__all__ = ["RULES", "InputRanges", "Outliers", "Rule", "channel_scales", "detect", "truncate"]
 
 _CHUNK = 1 << 22  # elements sorted at once
 
@@ -161,16 +161,6 @@ def channel_scales(low: torch.Tensor, high: torch.Tensor, rule: Rule = RULES["pa
         if float(base) > 0:  # (all other channels may be zero)
             scale = torch.where(outlier, torch.maximum(scale, (excess / base) ** rule.exponent), scale)
     return scale
-
-
-def class_scales(scale: torch.Tensor, index: torch.Tensor, classes: int) -> torch.Tensor:
-    """One scale a class of channels, the largest of its members' (``index`` gives the class of each channel, -1 none).
-
-    Channels share a class where the model ties them: value channels that several query heads read.
-    """
-    result = torch.ones(classes, dtype=torch.float64)
-    index, scale = index.cpu(), scale.double().cpu()
-    return result.scatter_reduce(0, index[index >= 0], scale[index >= 0], "amax")
 
 
 class InputRanges:

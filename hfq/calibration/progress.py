@@ -26,6 +26,8 @@ from hfq.report import Report, Row
 __all__ = ["Progress", "state_digest"]
 
 _FINGERPRINT = "fingerprint.json"
+# Names of tensors beside the block's own: no module's tensor has a colon in its name.
+_STATE = "state:"
 
 
 def state_digest(module: nn.Module) -> str:
@@ -117,13 +119,20 @@ class Progress:
     def has(self, name: str) -> bool:
         return self.names.index(name) < self.finished
 
-    def write(self, name: str, module: nn.Module, before: str, report: Report | None) -> None:
-        """Save the finished block ``module``; ``before`` is the ``state_digest`` that it had as a float block."""
+    def write(
+        self, name: str, module: nn.Module, before: str, report: Report | None,
+        state: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Save the finished block ``module``; ``before`` is the ``state_digest`` that it had as a float block.
+
+        ``state`` is what else the blocks after it start from: :meth:`install` gives it back.
+        """
         if not ranks.is_main():
             return
         tensors: dict[str, torch.Tensor] = {}
         seen: set[int] = set()
-        for key, tensor in module.state_dict().items():
+        kept = {f"{_STATE}{key}": tensor for key, tensor in (state or {}).items()}
+        for key, tensor in [*module.state_dict().items(), *kept.items()]:
             flat = tensor.detach().to("cpu").contiguous()
             # safetensors refuses tensors that share memory.
             tensors[key] = flat.clone() if flat.untyped_storage().data_ptr() in seen else flat
@@ -137,8 +146,11 @@ class Progress:
         with _atomic(self._path(name)) as temporary:
             save_file(tensors, temporary, metadata={"hfq": json.dumps(details)})
 
-    def install(self, name: str, module: nn.Module, report: Report | None) -> None:
+    def install(self, name: str, module: nn.Module, report: Report | None) -> dict[str, torch.Tensor]:
         """Turn the float block ``module`` into the finished one.
+
+        Returns:
+            The state that was saved with it.
 
         Raises:
             CheckpointError: the float block is not the one that was quantized, or the file is damaged.
@@ -160,13 +172,15 @@ class Progress:
         device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
         for built in swap.build_empty(module, details["manifest"]):
             module.get_submodule(built).label = f"{name}.{built}"  # type: ignore[assignment]
-        assign(module, {key: tensor.to(device) for key, tensor in tensors.items()})
+        own = {key: tensor.to(device) for key, tensor in tensors.items() if not key.startswith(_STATE)}
+        assign(module, own)
         if report is not None:
             for row in details["rows"]:
                 report.add(Row(**row))
             report.curves.update(details["curves"])
             for note in details["notes"]:
                 report.note(note)
+        return {key.removeprefix(_STATE): tensor for key, tensor in tensors.items() if key not in own}
 
 
 def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -232,17 +232,7 @@ class _Walk:
             inputs = ActivationCache(self.store, calls[i], stream, main)
             floats = ActivationCache(self.store, float_calls[i], float_stream, main) if self.floats else None
             with self.placement(block.module):
-                step = Step(
-                    self.model,
-                    block,
-                    done + i,
-                    total,
-                    self.batches,
-                    inputs,
-                    floats,
-                    report=self.report,
-                    min_tokens=self.min_tokens,
-                )
+                step = self._step(block, done + i, total, inputs, floats)
                 next_floats: list[list[Stored | None]] = []
                 if floats is not None:
                     next_floats = [self._advance(stack, step, n, floats) for n in range(len(floats))]
@@ -288,18 +278,8 @@ class _Walk:
             if float_calls is not None:
                 floats = ActivationCache(self.store, float_calls[i], None, main, stack.writes)
             with self.placement(block.module):
-                step = Step(
-                    self.model,
-                    block,
-                    done + i,
-                    total,
-                    self.batches,
-                    inputs,
-                    floats,
-                    report=self.report,
-                    min_tokens=self.min_tokens,
-                    batch_index=[int(n) for n in numbers[0]],  # type: ignore[call-overload]
-                )
+                index = [int(n) for n in numbers[0]]  # type: ignore[call-overload]
+                step = self._step(block, done + i, total, inputs, floats, index)
                 if floats is not None:
                     targets = [self.store.put(step.call(n, floats)) for n in range(len(floats))]
                     step._outputs = TensorList(self.store, targets)
@@ -312,29 +292,47 @@ class _Walk:
             if floats is not None:
                 floats.release()
 
+    def _step(
+        self, block: Any, index: int, total: int, inputs: ActivationCache, floats: ActivationCache | None,
+        batch_index: Sequence[int] | None = None,
+    ) -> Step:
+        return Step(
+            self.model, block, index, total, self.batches, inputs, floats, report=self.report,
+            min_tokens=self.min_tokens, batch_index=batch_index,
+        )  # fmt: skip
+
     def _work(self, step: Step) -> Iterator[Step | None]:
         """Hand the step out, or install what an earlier run made of it."""
-        name, module = step.block.name, step.block.module
-        if self.saved is not None and self.saved.has(name):
+        if self.saved is not None and self.saved.has(step.block.name):
             step._before = None
-            self.saved.install(name, module, self.report)
-            for site in step.block.sites:
-                site.module = self.model.get_submodule(site.name)
-            step.changed = True
+            self._restore(step, self.saved)
             yield None
             return
+        self._open(step)
+        yield step
+        step.changed = True
+
+    def _restore(self, step: Step, saved: Progress) -> dict[str, torch.Tensor]:
+        """Install a finished block; returns what was saved beside it."""
+        state = saved.install(step.block.name, step.block.module, self.report)
+        for site in step.block.sites:
+            site.module = self.model.get_submodule(site.name)
+        step.changed = True
+        return state
+
+    def _open(self, step: Step) -> None:
+        """Refuse a damaged block, and remember what it was."""
+        name, module = step.block.name, step.block.module
         for key, parameter in module.named_parameters():
             if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
                 raise QuantizationError(f"{name}.{key} has NaN or infinite elements: the float model is damaged")
         step._before = state_digest(module) if self.saved is not None else None
-        yield step
-        step.changed = True
 
-    def _finish(self, step: Step) -> None:
+    def _finish(self, step: Step, state: Mapping[str, torch.Tensor] | None = None) -> None:
         step.reduce_tokens()
         step.release()
         if self.saved is not None and step._before is not None:
-            self.saved.write(step.block.name, step.block.module, step._before, self.report)
+            self.saved.write(step.block.name, step.block.module, step._before, self.report, state)
 
 
 def first_tensor_of(calls: Sequence[Any]) -> Any:

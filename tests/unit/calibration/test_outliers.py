@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from hfq.calibration.outliers import RULES, Rule, channel_scales, class_scales, detect, truncate
+from hfq.calibration.outliers import RULES, Rule, channel_scales, detect, truncate
 from hfq.errors import ConfigError, QuantizationError
 
 
@@ -102,12 +102,6 @@ def test_all_other_channels_zero() -> None:
     high[3] = 5
     for rule in RULES.values():
         assert torch.equal(channel_scales(torch.zeros(32), high, rule), torch.ones(32, dtype=torch.float64))
-
-
-def test_channels_that_are_tied_take_the_largest_scale() -> None:
-    index = torch.tensor([0, 1, 0, 1, 2, -1])
-    scale = torch.tensor([1.0, 2.0, 3.0, 1.5, 1.0, 9.0])
-    assert class_scales(scale, index, 4).tolist() == [3.0, 2.0, 1.0, 1.0]
 
 
 def test_bad_input() -> None:
