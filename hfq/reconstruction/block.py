@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from hfq.errors import QuantizationError
 from hfq.reconstruction import loop
 from hfq.reconstruction.samples import Samples
 
-__all__ = ["fit", "forward_with", "frozen", "output_error"]
+__all__ = ["fit", "forward_with", "frozen", "independent", "output_error", "replacing"]
 
 
 def fit(
@@ -74,6 +74,18 @@ def fit(
 
 def forward_with(block: Any, names: list[str]) -> loop.Forward:
     """A function that runs ``block`` with other weights under ``names`` (sites or parameters of the block)."""
+    replaced = replacing(block, names)
+
+    def forward(weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        output = functional_call(block.module, replaced(weights), args, kwargs)
+        path = first_tensor(output)
+        return next(tensor for where, tensor in leaves(output) if where == path)
+
+    return forward
+
+
+def replacing(block: Any, names: list[str]) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """A function from weights under ``names`` to parameters of the block's module, in their layout and dtype."""
     sites = {site.name: site for site in block.sites}
     own = dict(block.module.named_parameters())
     prefix = f"{block.name}."
@@ -91,17 +103,12 @@ def forward_with(block: Any, names: list[str]) -> loop.Forward:
             raise QuantizationError(f"{block.name} has no parameter {path!r} to learn; it has {sorted(own)}")
         paths[name] = (path, site.kind == "transposed" if site is not None else name in turned)
 
-    def forward(weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        replaced = {}
-        for name, weight in weights.items():
-            target, flip = paths[name]
-            # The block computes in its own dtype; what is learned stays in float32.
-            replaced[target] = (weight.mT if flip else weight).to(own[target].dtype)
-        output = functional_call(block.module, replaced, args, kwargs)
-        path = first_tensor(output)
-        return next(tensor for where, tensor in leaves(output) if where == path)
+    def replaced(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # The block computes in its own dtype; what is learned stays in float32.
+        found = ((weights[name], *paths[name]) for name in weights if name in paths)
+        return {path: (weight.mT if flip else weight).to(own[path].dtype) for weight, path, flip in found}
 
-    return forward
+    return replaced
 
 
 @contextmanager
@@ -117,16 +124,22 @@ def frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-@torch.no_grad()
 def separable(step: Any, device: torch.device) -> bool:
     """Whether a sample alone gives the output that it gives among the others of its call."""
-    if len(step.inputs) == 0:
+    return independent(forward_with(step.block, []), step.inputs, step.outputs, device)
+
+
+@torch.no_grad()
+def independent(
+    forward: loop.Forward, inputs: Sequence[Any], outputs: Sequence[torch.Tensor], device: torch.device
+) -> bool:
+    """:func:`separable` for any function of calls."""
+    if len(inputs) == 0:
         return True
-    widest = max(range(len(step.inputs)), key=lambda i: step.outputs[i].shape[0])
-    if step.outputs[widest].shape[0] == 1:
+    widest = max(range(len(inputs)), key=lambda i: outputs[i].shape[0])
+    if outputs[widest].shape[0] == 1:
         return True
-    forward = forward_with(step.block, [])
-    call, target = [step.inputs[widest]], [step.outputs[widest]]
+    call, target = [inputs[widest]], [outputs[widest]]
     together, alone = (
         Samples(call, target, whole=whole, device=device, distributed=False).parts([0], 0)[0] for whole in (True, False)
     )

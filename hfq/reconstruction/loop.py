@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -41,9 +41,11 @@ def optimise(
     patience: int | None = None,
     micro_batch: int | None = None,
     parameters: Iterable[nn.Parameter] = (),
+    penalty: Callable[[int], torch.Tensor | None] | None = None,
+    keep: Literal["best", "last"] = "best",
     where: str = "",
 ) -> list[float]:
-    """Train the quantizers on ``samples`` and leave them with the best parameters seen.
+    """Train the quantizers on ``samples`` and leave them with the best parameters seen (or the last ones).
 
     Args:
         forward: ``forward(weights, args, kwargs)`` gives the output for ``weights``, named as the quantizers.
@@ -61,6 +63,8 @@ def optimise(
         patience: stop after this many checks without improvement.
         micro_batch: samples in one forward pass at most.
         parameters: trained as well; what they act on has to be part of ``forward``.
+        penalty: ``penalty(step)`` is added to the loss of a step (``None`` adds nothing); not part of the curve.
+        keep: "last" where a penalty changes over the steps, so that losses of different steps say nothing.
         where: named in errors.
 
     Returns:
@@ -89,6 +93,9 @@ def optimise(
     for step in range(steps):
         adam.zero_grad(set_to_none=True)
         value = run.gradients(draw.next(), draw.seed(), list(trained.values()))
+        extra = None if penalty is None else penalty(step)
+        if extra is not None and extra.requires_grad:
+            extra.backward()
         if not math.isfinite(value):
             raise QuantizationError(
                 f"{where or 'reconstruction'}: the loss is {value} in step {step}: use a smaller learning rate, or a "
@@ -103,7 +110,8 @@ def optimise(
             since = 0
             if patience is not None and best.age >= patience:
                 break
-    best.restore()
+    if keep == "best":
+        best.restore()
     return curve
 
 

@@ -12,7 +12,7 @@ import torch
 
 from hfq.errors import ConfigError
 
-__all__ = ["LOSSES", "Loss", "get", "mse", "relative", "sum_of_squares", "token_relative"]
+__all__ = ["LOSSES", "Loss", "divergence", "get", "mse", "relative", "sum_of_squares", "token_relative"]
 
 Loss = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
@@ -60,11 +60,23 @@ def token_relative(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor 
     return (ratio.flatten(1).sum(1) / mask.flatten(1).sum(1).to(ratio.device).clamp(min=1)).mean()
 
 
+def divergence(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Kullback-Leibler divergence of ``softmax(pred)`` from ``softmax(target)`` over the last axis, in float32; mean
+    over tokens."""
+    log_target, log_pred = (t.float().log_softmax(-1) for t in (target, pred))
+    each = (log_target.exp() * (log_target - log_pred)).sum(-1)
+    if mask is None or each.ndim == 1:
+        return each.mean()
+    kept = mask.to(each.device)
+    return ((each * kept).flatten(1).sum(1) / kept.flatten(1).sum(1).clamp(min=1)).mean()
+
+
 LOSSES: dict[str, Loss] = {
     "mse": mse,
     "sum": sum_of_squares,
     "relative": relative,
     "token_relative": token_relative,
+    "divergence": divergence,
 }
 
 
