@@ -15,10 +15,10 @@ from hfq.graph.read import Block, Plan
 from hfq.graph.shadow import ZERO
 from hfq.graph.trace import SAME, BlockCall, Node, Trace, Value, root
 
-__all__ = ["BlockStream", "block_stream", "entry_of", "taps"]
+__all__ = ["BlockStream", "Rotation", "block_stream", "entry_of", "taps"]
 
 
-class _Rotation(Flow):
+class Rotation(Flow):
     """Follows a tensor that is rotated as a whole along its last axis: what is not linear in whole rows stops it."""
 
     def __init__(self, trace: Trace, width: int, entry: Value) -> None:
@@ -127,7 +127,7 @@ def block_stream(plan: Plan, trace: Trace, call: BlockCall, norms: dict[str, Nor
     found = BlockStream(call.block, entry.shape[-1])
     writers: dict[tuple[str, str], Source] = {}
     for _ in range(len(sources) + 2):
-        flow = _Rotation(trace, found.width, entry)
+        flow = Rotation(trace, found.width, entry)
         for writer in writers.values():
             for value, axis in writer.outputs:
                 flow.seed(value, axis)
@@ -144,7 +144,7 @@ def block_stream(plan: Plan, trace: Trace, call: BlockCall, norms: dict[str, Nor
 
 
 def _finish(
-    found: BlockStream, flow: _Rotation, writers: dict[tuple[str, str], Source], call: BlockCall,
+    found: BlockStream, flow: Rotation, writers: dict[tuple[str, str], Source], call: BlockCall,
     norms: dict[str, Norm | str],
 ) -> BlockStream:
     found.readers, found.writers = list(flow.readers.values()), list(writers.values())

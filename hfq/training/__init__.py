@@ -1,1 +1,1 @@
-"""Part of hfq."""
+"""Training of a whole model: a student that computes with changed weights, a loop, losses on its outputs."""

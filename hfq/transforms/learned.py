@@ -7,7 +7,7 @@ writes the stream. What was asked for and cannot be proven is left out, and said
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,7 @@ class Sites:
     Attributes:
         stream, heads: rotations of the residual streams, and of the values of each key-value head.
         norms, values, hidden: scales after the stream's norms, between value and output, between up and down.
+        gates: scales between gate and up, through the SiLU between them.
         queries: scales between query and key: "tied" (one for both members of a rotary pair), "free" (one a channel;
             with rotary embeddings that is not the same function), "none".
         online: Hadamard transforms in front of "down" (what writes the stream behind the feed-forward part), "all"
@@ -51,6 +52,7 @@ class Sites:
     norms: bool = True
     values: bool = True
     hidden: bool = True
+    gates: bool = False
     queries: str = "tied"
     online: str = "down"
     start: str = "womi"
@@ -63,6 +65,7 @@ def build(
     sites: Sites,
     *,
     generator: torch.Generator | None = None,
+    gates: Sequence[Pair] = (),
     placement: Placement | None = None,
     report: Report | None = None,
 ) -> TransformSet:
@@ -73,6 +76,7 @@ def build(
     Args:
         model, plan, pairs: the model, its traced plan and the pairs that ``graph.pairs.discover`` proved.
         generator: of the random starts.
+        gates: what ``graph.gates.discover_gates`` found, for ``sites.gates``.
         placement: makes a block's weights available (offloaded models).
         report: gets a note for every kind of transform that had to be left out.
 
@@ -86,6 +90,8 @@ def build(
     made = _Builder(plan, pairs, sites, generator, placement or (lambda _: nullcontext()), report)
     made.streams()
     made.blocks()
+    if sites.gates:
+        made.gates(gates)
     made.online()
     return made.set
 
@@ -199,6 +205,13 @@ class _Builder:
             self.edit(link, site=key, how="multiply", stage=stage, index=link.index)
         for link in pair.partners:
             self.outputs(link, site=key, how="multiply", stage=stage, index=link.index)
+
+    def gates(self, found: Sequence[Pair]) -> None:
+        for number, pair in enumerate(found):
+            if pair.proven:
+                self._scale(pair, f"gates.{pair.place}.{number}", "gates")
+                self.set.activations[pair.activation] = f"gates.{pair.place}.{number}".replace(".", "/")
+        self.note("scale between gate and up", [pair for pair in found if not pair.proven])
 
     def _norm(self, pair: Pair, name: str) -> None:
         link = pair.sources[0]

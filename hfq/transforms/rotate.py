@@ -25,12 +25,14 @@ from hfq.layers import online
 from hfq.transforms import init
 from hfq.transforms.fold import check_plan, folds_of
 
-__all__ = ["make_rotation", "online_input", "online_of", "rotate_heads", "rotate_stream"]
+__all__ = [
+    "TOLERANCE", "make_rotation", "online_input", "online_of", "outputs_of", "rotate_heads", "rotate_stream",
+]  # fmt: skip
 
 Placement = Callable[[nn.Module], AbstractContextManager[Any]]
 
 # How far the whole model's output may move: rounding of the folded weights in the model's own precision.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 # -- the residual stream ---------------------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ def rotate_stream(
     if kind not in ("hadamard", "random"):
         raise QuantizationError(f"a rotation of kind {kind!r}: 'hadamard' or 'random'")
     done = []
-    before = _outputs(model, call) if call is not None else None
+    before = outputs_of(model, call) if call is not None else None
     for pair in pairs.proven("rotation"):
         if stacks is not None and pair.place not in stacks:
             continue
@@ -80,9 +82,9 @@ def rotate_stream(
         _fold_into(plan, pairs, pair, online.StreamRotation(pair.width, name, "in", tensors, block=block), placement)
         online.install_rotation(model, pair.blocks[0], pair.blocks[-1], name, tensors, block=block)
         if before is not None and call is not None:
-            after = _outputs(model, call)
+            after = outputs_of(model, call)
             error = relative_error(after, before)
-            if not error <= max(_TOLERANCE.get(t.dtype, 1e-4) for t in before):
+            if not error <= max(TOLERANCE.get(t.dtype, 1e-4) for t in before):
                 if any(parameter.is_meta for parameter in saved):
                     raise QuantizationError(f"rotating {pair.place} changes the output by {error:.1e}, and offloaded "
                                             "weights cannot be rolled back: load the model again without rotation")
@@ -145,7 +147,7 @@ def _random_orthogonal(width: int, fix_ones: bool, generator: torch.Generator | 
     return basis @ inner @ basis
 
 
-def _outputs(model: nn.Module, call: Callable[[], Any]) -> list[torch.Tensor]:
+def outputs_of(model: nn.Module, call: Callable[[], Any]) -> list[torch.Tensor]:
     """The floating tensors that the model itself returned during ``call``."""
     seen: list[Any] = []
     handle = model.register_forward_hook(lambda module, args, output: seen.append(output))

@@ -27,7 +27,7 @@ SMALLEST_SCALE = 1e-2
 
 # The order of the edits of one weight. Scales of channels come before the rotations that mix them, the scales of a
 # norm after the rotation of the stream that it stands in, and an online Hadamard transform last.
-STAGES = ("hidden", "queries", "values", "stream", "heads", "norm", "online")
+STAGES = ("hidden", "gates", "queries", "values", "stream", "heads", "norm", "online")
 
 
 class Rotation(Orthogonal):
@@ -152,6 +152,7 @@ class TransformSet(nn.Module):
         edits: by qualified parameter name, in the order in which they are made.
         streams: the rotated residual streams; what lies outside their blocks sees them turned back.
         online: by site name, the Hadamard transform in front of it.
+        activations: by name of a SiLU module, the scale ``s`` with which it becomes ``x sigmoid(x / s)``.
     """
 
     def __init__(self) -> None:
@@ -160,6 +161,7 @@ class TransformSet(nn.Module):
         self.edits: dict[str, list[Edit]] = {}
         self.streams: list[Stream] = []
         self.online: dict[str, Any] = {}
+        self.activations: dict[str, str] = {}
         self._members: dict[str, _Member] = {}
 
     def add(self, name: str, transform: nn.Module) -> str:
@@ -178,6 +180,10 @@ class TransformSet(nn.Module):
         chain.append(edit)
         chain.sort(key=lambda one: STAGES.index(one.stage))
 
+    def parameter(self, name: str) -> torch.Tensor:
+        """The edited parameter of this name, as the model has it now."""
+        return self._members[name].get()
+
     def names(self, below: str = "") -> list[str]:
         """Edited parameters, all or those of one module."""
         return [name for name in self.edits if not below or name.startswith(below + ".")]
@@ -194,7 +200,7 @@ class TransformSet(nn.Module):
         found: dict[str, torch.Tensor] = {}
         values: dict[str, torch.Tensor] = {}
         for name in self.names() if names is None else names:
-            tensor = self._members[name].get().detach().to(dtype)
+            tensor = self.parameter(name).detach().to(dtype)
             for edit in self.edits[name]:
                 if edit.how == "mix" and not online:
                     continue
@@ -211,8 +217,7 @@ class TransformSet(nn.Module):
         Online transforms are not folded in. To be called once: the edits are then in the weights.
         """
         for name in self.names(below):
-            member = self._members[name].get()
-            member.copy_(self([name], torch.float64, online=False)[name])
+            self.parameter(name).copy_(self([name], torch.float64, online=False)[name])
 
     def rotation(self, stream: Stream, dtype: torch.dtype | None = None) -> torch.Tensor:
         """``Q`` ``[d, d]`` of a stream, which is ``x Q`` between its blocks."""

@@ -1,0 +1,86 @@
+"""The state of a training run in one atomic file, so that a run killed at any step goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hfq.calibration import ranks
+from hfq.calibration.progress import _atomic as atomic_file
+from hfq.errors import CheckpointError
+
+__all__ = ["Saved"]
+
+
+class Saved:
+    """Parameters, moments and loss curve of a run.
+
+    Args:
+        path: of the file; its folder is made if missing.
+        fingerprint: what the result depends on; JSON values.
+        every: steps between two writes. The last step is always written.
+    """
+
+    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], every: int = 10) -> None:
+        self.path, self.every = Path(path), max(1, every)
+        self.fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
+
+    def load(self, optimizer: torch.optim.Optimizer) -> list[float]:
+        """Put a saved state into the optimiser and its parameters; the losses of the steps done (empty without one).
+
+        Raises:
+            CheckpointError: the file is damaged, or belongs to another run.
+        """
+        found = ranks.broadcast(self.path.exists() if ranks.is_main() else None)
+        if not found:
+            return []
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as file:
+                details = json.loads((file.metadata() or {})["hfq"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{self.path} is damaged ({error}): delete it to train from the start") from error
+        old = details["fingerprint"]
+        different = [k for k in sorted({*old, *self.fingerprint}) if old.get(k) != self.fingerprint.get(k)]
+        parameters = _parameters(optimizer)
+        shapes = [list(p.shape) for p in parameters]
+        if different or details["shapes"] != shapes:
+            what = ", ".join(different) or "the shapes of what is trained"
+            raise CheckpointError(f"the training state in {self.path} belongs to another run ({what} differ): use the "
+                                  "same settings to continue it, or delete the file to start over")
+        for number, p in enumerate(parameters):
+            with torch.no_grad():
+                p.copy_(tensors[f"{number}.value"])
+            state = {key.partition(".")[2]: t for key, t in tensors.items() if key.startswith(f"{number}.")}
+            state.pop("value")
+            if state:
+                # Counters stay on the CPU, as they were made.
+                optimizer.state[p] = {key: t.clone() if t.dtype == torch.int64 else t.to(p.device)
+                                      for key, t in state.items()}
+        return list(details["curve"])
+
+    def offer(self, optimizer: torch.optim.Optimizer, curve: list[float], *, last: bool = False) -> None:
+        """Write the state after a step, if it is due."""
+        if not ranks.is_main() or not (last or len(curve) % self.every == 0):
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        parameters = _parameters(optimizer)
+        for number, p in enumerate(parameters):
+            tensors[f"{number}.value"] = p.detach().to("cpu").contiguous()
+            for key, value in optimizer.state.get(p, {}).items():
+                tensors[f"{number}.{key}"] = value.detach().to("cpu").contiguous()
+        shapes = [list(p.shape) for p in parameters]
+        details = {"fingerprint": self.fingerprint, "curve": curve, "shapes": shapes}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.path) as temporary:
+            save_file(tensors, temporary, metadata={"hfq": json.dumps(details)})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
