@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -19,13 +18,9 @@ import hfq
 from hfq.memory import PeakMemory
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1])  # imports, thread pools
-peaks = []
-for _ in range(3):  # the least of three: on a busy machine freed memory goes back late
-    with PeakMemory(0.002) as memory:
-        model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
-    peaks.append(memory.peak)
-    del model
-print(min(peaks))
+with PeakMemory(0.002) as memory:
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
+print(memory.peak)
 """
 
 
@@ -39,10 +34,9 @@ def packed(folder: Path, layers: int, width: int) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.mark.xfail(strict=False, reason="beside other processes the peak is sometimes higher; the cause is not found")
 def test_loading_peaks_under_1_3_times_the_file(tmp_path: Path) -> None:
     packed(tmp_path / "small", 1, 128)
-    packed(tmp_path / "large", 12, 1024)
+    packed(tmp_path / "large", 20, 1024)
     command = [sys.executable, "-P", "-c", CHILD, str(tmp_path / "small"), str(tmp_path / "large")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
