@@ -19,13 +19,15 @@ def test_formulas() -> None:
     torch.testing.assert_close(losses.sum_of_squares(PRED, TARGET), square.sum(1).mean())
     torch.testing.assert_close(losses.relative(PRED, TARGET), (square.sum((1, 2)) / (TARGET**2).sum((1, 2))).mean())
     torch.testing.assert_close(losses.token_relative(PRED, TARGET), (square.sum(-1) / (TARGET**2).sum(-1)).mean())
+    kl = torch.nn.functional.kl_div(PRED.log_softmax(-1), TARGET.softmax(-1), reduction="none").sum(-1).mean()
+    torch.testing.assert_close(losses.divergence(PRED, TARGET), kl)
     torch.testing.assert_close(losses.mse(PRED[:, 0, 0], TARGET[:, 0, 0]), square[:, 0, 0].mean())
 
 
 @pytest.mark.parametrize("name", sorted(losses.LOSSES))
 def test_padding_has_no_influence(name: str) -> None:
     loss = losses.get(name)
-    changed = torch.where(MASK[..., None], PRED, torch.full_like(PRED, 99.0))
+    changed = torch.where(MASK[..., None], PRED, 99 * torch.arange(1.0, 5.0))
     torch.testing.assert_close(loss(PRED, TARGET, MASK), loss(changed, TARGET, MASK))
     assert loss(changed, TARGET) > loss(PRED, TARGET)
     torch.testing.assert_close(loss(PRED[:3], TARGET[:3], MASK[:3]), loss(PRED[:3, :3], TARGET[:3, :3]))
