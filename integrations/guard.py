@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from hfq.errors import CheckpointError
+from hfq.layers.attached import AttachedPart
 from hfq.layers.online import Hadamard, StreamRotation
 from hfq.layers.packed import PackedModule
 
@@ -79,8 +80,8 @@ def _candidates(key: str, prefix: str) -> Iterator[str]:
 
 
 def packed_tensors(model: Any) -> dict[str, Any]:
-    """Every tensor of every packed layer, rotation and online transform, by its name in memory."""
-    parts = (PackedModule, StreamRotation, Hadamard)
+    """Every tensor of every packed layer, rotation, attached part and online transform, by its name in memory."""
+    parts = (PackedModule, StreamRotation, Hadamard, AttachedPart)
     return {
         f"{name}.{leaf}": parameter
         for name, module in model.named_modules() if isinstance(module, parts)

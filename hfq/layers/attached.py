@@ -14,19 +14,21 @@ from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
 
-__all__ = ["CHILD", "OutputAffine", "ScaledSiLU", "attach_affine", "attached", "detach_affine", "empty_attached",
-           "install_scaled", "put"]
+__all__ = [
+    "CHILD", "AttachedPart", "OutputAffine", "ScaledSiLU", "attach_affine", "attached", "detach_affine",
+    "empty_attached", "install_scaled", "put",
+]  # fmt: skip
 
 CHILD = "hfq_matrix"
 _SAME_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class _Kept(nn.Module):
+class AttachedPart(nn.Module):
     """Parameters without gradients that keep their dtype when the model is cast."""
 
     _is_hf_initialized = True
 
-    def _apply(self, fn: Any, recurse: bool = True) -> _Kept:
+    def _apply(self, fn: Any, recurse: bool = True) -> AttachedPart:
         for name, parameter in self._parameters.items():
             if parameter is not None:
                 data = parameter.detach()
@@ -41,8 +43,14 @@ class _Kept(nn.Module):
     def nbytes(self) -> int:
         return sum(p.nbytes for p in self.parameters())
 
+    def check(self, where: str) -> None:
+        """Raise :class:`CheckpointError` if what was loaded is not finite."""
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta and not torch.isfinite(parameter).all():
+                raise CheckpointError(f"{where}.{name} has elements that are not finite")
 
-class OutputAffine(_Kept):
+
+class OutputAffine(AttachedPart):
     """``y = (x + shift) @ matrix`` on the last axis; either part may be missing.
 
     Args:
@@ -84,7 +92,7 @@ class OutputAffine(_Kept):
         return f"{self.size}, {' and '.join(parts)}"
 
 
-class ScaledSiLU(_Kept):
+class ScaledSiLU(AttachedPart):
     """``x * sigmoid(x / scale)``, one positive scale a channel."""
 
     def __init__(self, size: int, scale: torch.Tensor | None = None, *, device: Any = None) -> None:

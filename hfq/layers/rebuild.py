@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
-from hfq.layers import attention
+from hfq.layers import attached, attention
 from hfq.layers import manifest as record
 from hfq.layers import online as streams
 from hfq.layers.experts import pack_experts
@@ -27,7 +27,7 @@ def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The manifest: what :func:`build_empty` needs to rebuild packed layers, rotations and attention. JSON only."""
-    lists = {"attention": attention.describe(model)}
+    lists = {"attention": attention.describe(model), "attached": attached.attached(model)}
     return {
         "version": record.VERSION,
         "layers": {name: module.describe() for name, module in packed_modules(model).items()},
@@ -73,6 +73,7 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
         if place is not None:
             part = attention.empty_part(model.get_submodule(place), entry, entry["module"])
             attentions += [] if part is None else [(place, part)]
+    beside = _beside(model, manifest, layers)
     for place, build in todo:
         new = build()
         assert isinstance(new, PackedModule)
@@ -82,7 +83,23 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
         streams.attach(model.get_submodule(place), rotation)
     for place, part in attentions:
         attention.install(model, place, part)
+    for place, found in beside:
+        attached.put(model, place, found)
     return [place for place, _ in todo]
+
+
+def _beside(
+    model: nn.Module, manifest: Mapping[str, Any], layers: Mapping[str, Any]
+) -> list[tuple[str, nn.Module]]:
+    """Empty affine parts and scaled activations with their places."""
+    made = []
+    for entry in record.parts(manifest, "attached"):
+        place = record.locate(model, entry["module"], layers)
+        if place is not None:
+            around = model.get_submodule(place.rpartition(".")[0])
+            part = attached.empty_attached(model, entry, place, _widths(around))
+            made += [] if part is None else [(place, part)]
+    return made
 
 
 def _widths(block: nn.Module) -> set[int]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.formats import Codes, affine
+from hfq.layers.attached import AttachedPart
 from hfq.layers.deferred import Deferred
 from hfq.layers.experts import is_transposed, pack_experts
 from hfq.layers.kinds import empty, kind_of, matrix_of, to_float
@@ -179,7 +180,7 @@ def prepare(model: nn.Module, memory: Memory = "compact") -> list[str]:
 def freeze(model: nn.Module) -> None:
     """No tensor of a packed layer or of a rotation needs a gradient (loaders make floating tensors trainable)."""
     for module in model.modules():
-        if isinstance(module, (PackedModule, StreamRotation, Hadamard)):
+        if isinstance(module, (PackedModule, StreamRotation, Hadamard, AttachedPart)):
             for parameter in module.parameters(recurse=False):
                 if not isinstance(parameter, Deferred):
                     parameter.requires_grad_(False)
@@ -211,6 +212,8 @@ def check(model: nn.Module) -> None:
         if isinstance(module, PackedModule):
             module.label = module.label or name
             check_codes(module)
+        elif isinstance(module, AttachedPart):
+            module.check(name)
         elif isinstance(module, StreamRotation):
             _check_signs(module, name)
             if module.kind == "dense" and not module.matrix.is_meta:
