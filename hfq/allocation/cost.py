@@ -45,8 +45,7 @@ def site_bits(site: Any, spec: QuantSpec) -> float:
     for name in site.tensors:
         shape = tuple(getattr(site.module, name).shape)
         if site.kind == "experts":
-            turned = getattr(site.module, "is_transposed", False)  # [E, in, out]
-            rows, columns = (shape[2], shape[1]) if turned else (shape[1], math.prod(shape[2:]))
+            rows, columns = (shape[2], shape[1]) if site.in_by_out else (shape[1], math.prod(shape[2:]))
             total += shape[0] * stored_bits(rows, columns, spec)
         elif site.kind == "transposed":
             total += stored_bits(shape[1], shape[0], spec)

@@ -37,6 +37,7 @@ class Site:
         in_features, out_features: of the activations that enter and leave; for experts those of the module.
         numel: weights, biases not counted.
         tensors: names of the weight parameters ("weight"; for experts the 3-D parameters).
+        in_by_out: the matrices of a bank of experts are ``[E, in, out]``.
         executed: ``False`` when a traced forward pass did not reach it, ``None`` before tracing.
         bypassed: the traced pass read the weight without calling the module, so hooks on it see nothing.
     """
@@ -48,6 +49,7 @@ class Site:
     out_features: int
     numel: int
     tensors: tuple[str, ...] = ("weight",)
+    in_by_out: bool = False
     executed: bool | None = None
     bypassed: bool = False
 
@@ -227,7 +229,24 @@ def _experts(name: str, module: nn.Module) -> Site | None:
     shapes = [set(p.shape[1:]) for p in stacked.values()]
     hidden = set.intersection(*shapes)
     width = _experts_width(list(stacked.values()), hidden)
-    return Site(name, module, "experts", width, width, sum(p.numel() for p in stacked.values()), tuple(stacked))
+    numel, turned = sum(p.numel() for p in stacked.values()), _in_by_out(module, list(stacked.values()), width)
+    return Site(name, module, "experts", width, width, numel, tuple(stacked), turned)
+
+
+def _in_by_out(module: nn.Module, parameters: Sequence[Any], width: int) -> bool:
+    """Whether a bank of experts holds ``[E, in, out]``: it says so, or its shapes do.
+
+    More is read from the stream than written to it (gate and up, fused or not): the axis of the stream is the last
+    one of the larger part where matrices are ``[out, in]``, and the first one of it where they are not.
+    """
+    said = getattr(module, "is_transposed", None)
+    if isinstance(said, bool):
+        return said
+    last = sum(p.shape[1] for p in parameters if p.shape[2] == width != p.shape[1])
+    first = sum(p.shape[2] for p in parameters if p.shape[1] == width != p.shape[2])
+    if any(p.shape[1] == p.shape[2] for p in parameters):  # gate and up are square: what else there is writes
+        return last > first
+    return first > last
 
 
 def _experts_width(parameters: Sequence[Any], shared: set[int]) -> int:
@@ -235,6 +254,8 @@ def _experts_width(parameters: Sequence[Any], shared: set[int]) -> int:
     if len(shared) == 1:
         return next(iter(shared))
     last = parameters[-1].shape[1:]
+    if len(shared) == 2 and len(parameters) > 2:  # gate and up apart: the shapes tell nothing, most are [E, out, in]
+        return last[0]
     # Both sizes are shared (square, or twice the inner size equals the width): the last matrix writes the width, and
     # its smaller side is the inner size whenever gate and up are fused.
     return max(last) if shared else last[-1]

@@ -92,7 +92,7 @@ def replacing(block: Any, names: list[str]) -> Callable[[Mapping[str, torch.Tens
     turned = {
         f"{site.name}.{name}"
         for site in block.sites
-        if site.kind == "experts" and getattr(site.module, "is_transposed", False)
+        if site.kind == "experts" and site.in_by_out
         for name in site.tensors
     }
     paths: dict[str, tuple[str, bool]] = {}

@@ -42,9 +42,9 @@ def pack_nearest(
 
 
 def expert_matrices(site: Any, name: str) -> torch.Tensor:
-    """Parameter ``name`` of a bank of experts as ``[E, out, in]``; some banks keep ``[E, in, out]`` and say so."""
+    """Parameter ``name`` of a bank of experts as ``[E, out, in]``; some banks keep ``[E, in, out]``."""
     bank: torch.Tensor = getattr(site.module, name).detach()
-    return bank.transpose(1, 2) if getattr(site.module, "is_transposed", False) else bank
+    return bank.transpose(1, 2) if site.in_by_out else bank
 
 
 def embedding_spec(weight: torch.Tensor, spec: QuantSpec) -> QuantSpec:

@@ -138,3 +138,23 @@ def test_meta_device_and_packed_layers():
     model.trunk[0].up.qweight = nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
     plan = read(model)
     assert [s.name for s in plan.blocks[0].sites] == ["trunk.0.down"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "turned"),
+    [
+        ({"gate_up": (4, 24, 8), "down": (4, 8, 12)}, False),
+        ({"gate_up": (4, 8, 24), "down": (4, 12, 8)}, True),
+        ({"gate": (4, 12, 8), "up": (4, 12, 8), "down": (4, 8, 12)}, False),
+        ({"up": (4, 12, 8), "down": (4, 8, 12)}, False),
+        ({"gate_up": (4, 8, 8), "down": (4, 8, 4)}, False),  # twice the inner size equals the width
+        ({"gate_up": (4, 8, 8), "down": (4, 4, 8)}, True),
+    ],
+)
+def test_the_orientation_of_experts_is_read_from_their_shapes(shapes, turned):
+    bank = nn.Module()
+    for name, shape in shapes.items():
+        setattr(bank, name, nn.Parameter(torch.zeros(shape)))
+    assert read(nn.ModuleDict({"bank": bank})).outside[0].in_by_out is turned
+    bank.is_transposed = not turned
+    assert read(nn.ModuleDict({"bank": bank})).outside[0].in_by_out is not turned
