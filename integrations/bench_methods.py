@@ -120,10 +120,12 @@ def measure(case: Case, model: str | Path, train: str, windows: Sequence[Sequenc
         processor = AutoTokenizer.from_pretrained(model)
         options = _with_control(loaded, dict(case.options), train, processor)
         config = hfq.HfqConfig(method=case.method, processor=processor, **options)
+        cpu = time.process_time()
         report = hfq.quantize(loaded, config, [train] if config.needs_calibration else None)
         row |= {
             "bits_per_weight": report.bits_per_weight(),
             "quantize_seconds": report.totals["seconds"],
+            "cpu_seconds": round(time.process_time() - cpu, 1),  # of all threads: other work on the machine hardly shows
             "peak_memory_bytes": report.totals["peak_memory_bytes"],
             "kernel": ", ".join(sorted({line.kernel for line in report.packed if line.kernel})) or None,
         }

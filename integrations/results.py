@@ -37,6 +37,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "bits_per_weight": ("bits per weight", lambda v: f"{v:.3f}"),
     "disk_bytes": ("on disk", _bytes),
     "quantize_seconds": ("quantized in", lambda v: f"{v:.1f} s"),
+    "cpu_seconds": ("CPU time", lambda v: f"{v:.0f} s"),
     "peak_memory_bytes": ("peak memory", _bytes),
     "decode": ("decode tokens/s", lambda v: f"{v:.1f}"),
     "decode_ratio": ("decode ratio", lambda v: f"{v:.2f}"),
