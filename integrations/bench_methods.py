@@ -125,7 +125,7 @@ def measure(case: Case, model: str | Path, train: str, windows: Sequence[Sequenc
         row |= {
             "bits_per_weight": report.bits_per_weight(),
             "quantize_seconds": report.totals["seconds"],
-            "cpu_seconds": round(time.process_time() - cpu, 1),  # of all threads: other work on the machine hardly shows
+            "cpu_seconds": round(time.process_time() - cpu, 1),  # other work on the machine hardly shows
             "peak_memory_bytes": report.totals["peak_memory_bytes"],
             "kernel": ", ".join(sorted({line.kernel for line in report.packed if line.kernel})) or None,
         }
