@@ -23,7 +23,7 @@ from hfq.calibration import texts as text_forms
 from hfq.calibration.cache import digest, leaves
 from hfq.errors import DataError
 
-__all__ = ["Batches", "normalise"]
+__all__ = ["Batches", "first_rows", "normalise"]
 
 FORMS = (
     "a list of texts, rows with a text column, tokenised rows, tensors, a Dataset, a DataLoader, recorded calls, "
@@ -132,6 +132,21 @@ def normalise(
         "packing": packing,
     }
     return result
+
+
+def first_rows(batches: Batches, rows: int) -> Batches:
+    """The first ``rows`` rows of ``batches`` (all, if there are no more), with their descriptor."""
+    if batches.samples <= rows:
+        return batches
+    kept: list[dict[str, Any]] = []
+    for one in batches:
+        size, left = row_forms.batch_rows(one), rows - sum(row_forms.batch_rows(other) for other in kept)
+        if left <= 0:
+            break
+        cut = {key: t[:left] if isinstance(t, torch.Tensor) and t.ndim and t.shape[0] == size else t
+               for key, t in one.items()}  # fmt: skip
+        kept.append(cut if left < size else one)
+    return Batches(kept, {**batches.descriptor, "rows": rows})
 
 
 def _check_counts(samples: int | None, batch_size: int) -> None:

@@ -23,7 +23,7 @@ from hfq.errors import CheckpointError
 from hfq.layers import swap
 from hfq.report import Report, Row
 
-__all__ = ["Progress", "state_digest"]
+__all__ = ["Progress", "atomic_file", "state_digest"]
 
 _FINGERPRINT = "fingerprint.json"
 # Names of tensors beside the block's own: no module's tensor has a colon in its name.
@@ -40,7 +40,7 @@ def state_digest(module: nn.Module) -> str:
 
 
 @contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name; the finished file appears under ``path`` at once or not at all."""
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
@@ -88,7 +88,7 @@ class Progress:
                 raise CheckpointError(
                     f"{self.folder} holds finished blocks but no {_FINGERPRINT}: delete the folder to start over"
                 )
-            with _atomic(path) as temporary:
+            with atomic_file(path) as temporary:
                 temporary.write_text(json.dumps(self.fingerprint, indent=1, sort_keys=True))
             return
         try:
@@ -143,7 +143,7 @@ class Progress:
         # Rotations of the stream belong to the stack: the recipe put them there before the walk.
         manifest = {**swap.describe(module), "rotations": []}
         details = {"before": before, "manifest": manifest, "rows": inside, "curves": curves, "notes": notes}
-        with _atomic(self._path(name)) as temporary:
+        with atomic_file(self._path(name)) as temporary:
             save_file(tensors, temporary, metadata={"hfq": json.dumps(details)})
 
     def install(self, name: str, module: nn.Module, report: Report | None) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from hfq.layers import swap
 from hfq.report import Report
 from hfq.rounding import nearest
 
-__all__ = ["embedding_spec", "expert_matrices", "pack_nearest", "pack_outside"]
+__all__ = ["embedding_spec", "expert_matrices", "nearest_block", "pack_nearest", "pack_outside"]
 
 
 def pack_nearest(
@@ -54,6 +54,35 @@ def embedding_spec(weight: torch.Tensor, spec: QuantSpec) -> QuantSpec:
     floating-point tensor: scales of another dtype would change what the model computes in, and is saved as.
     """
     return replace(spec, scale_dtype=str(weight.dtype).removeprefix("torch."))
+
+
+def nearest_block(
+    step: Any, spec_for: Callable[[str], QuantSpec], *, online: Mapping[str, nn.Module] | None = None, **options: Any
+) -> None:
+    """Replace every site of a walk's step by its packed layer, rounded to nearest.
+
+    Args:
+        spec_for: grid of a site, by name.
+        online: transforms that a packed layer applies to its input, by site name, folded into the float weight already.
+        options: of :func:`hfq.rounding.nearest.grid_of`.
+    """
+    online = online or {}
+    for site in step.block.sites:
+        spec = spec_for(site.name)
+        asked = spec.to_dict()
+        if site.kind == "experts":
+            codes = {name: [nearest.solve(matrix, spec, **options) for matrix in expert_matrices(site, name)]
+                     for name in site.tensors}  # fmt: skip
+            step.swap_experts(site, codes, asked=asked)
+        elif site.kind in ("linear", "transposed", "embedding"):
+            weight = site.weight.detach()
+            matrix = weight.t() if site.kind == "transposed" else weight
+            spec = embedding_spec(weight, spec) if site.kind == "embedding" else spec
+            folded = {"online": online[site.name], "folded": True} if site.name in online else {}
+            step.swap(site, nearest.solve(matrix, spec, **options), asked=asked, **folded)
+        else:
+            why = f"no packed layer for sites of kind {site.kind!r}"
+            step.report.refuse(site.name, why, kind=site.kind, asked=asked, numel=site.numel)
 
 
 def pack_outside(plan: Any, config: Any, report: Report, *, clip: str = "none") -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hfq.calibration import ranks
-from hfq.calibration.progress import _atomic as atomic_file
+from hfq.calibration.progress import atomic_file
 from hfq.errors import CheckpointError
 
 __all__ = ["Saved"]
