@@ -134,7 +134,7 @@ def range_parameters(
     if spec.symmetric:
         return scale, None
     with torch.no_grad():
-        zero = (-low / scale).round_().clamp_(0, spec.max_code)
+        zero = (-low * (1 / scale)).round_().clamp_(0, spec.max_code)
     return scale, zero
 
 
@@ -259,8 +259,12 @@ def _extremes(g: torch.Tensor, spec: ActivationSpec) -> tuple[torch.Tensor, torc
         return g.new_zeros(shape), g.new_zeros(shape)
     if spec.granularity == "tensor":
         return g.amin().reshape(1), g.amax().reshape(1)
-    keep = spec.group_size == -1
+    if spec.group_size != -1:
+        if spec.symmetric:
+            high = g.abs().amax(-1)
+            return -high, high
+        return g.amin(-1), g.amax(-1)
     if spec.symmetric:
-        high = g.abs().amax(-1, keepdim=keep)
+        high = g.abs().amax(-1, keepdim=True)
         return -high, high
-    return g.amin(-1, keepdim=keep), g.amax(-1, keepdim=keep)
+    return g.amin(-1, keepdim=True), g.amax(-1, keepdim=True)

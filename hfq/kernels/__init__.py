@@ -12,36 +12,46 @@ from typing import Any, Literal
 import torch
 
 from hfq.errors import KernelError
-from hfq.formats import affine, bitpack
+from hfq.formats import ActivationSpec, affine, bitpack
 from hfq.kernels import cpu, cpu_int8, dispatch, ops
+from hfq.kernels import cpu_integer as _cpu_integer  # noqa: F401  its rows and layouts
 from hfq.kernels import cuda as _cuda  # noqa: F401  its rows and layout
 from hfq.kernels.dispatch import Choice, table, use
+from hfq.kernels.integer import linear_int
 from hfq.kernels.isa import isa
 from hfq.kernels.packed import LAYOUTS, PackedWeight, Runtime
 
 __all__ = [
-    "Choice", "PackedWeight", "Runtime", "dequantize", "embedding", "explain", "linear", "prepare", "table", "use",
+    "Choice", "PackedWeight", "Runtime", "dequantize", "embedding", "explain", "linear", "linear_int", "prepare",
+    "table", "use",
 ]
 
 Memory = Literal["compact", "cached"]
 
 
-def _prepare_case(packed: PackedWeight, M: int, dtype: torch.dtype, device: str, memory: Memory) -> dispatch.Case:
-    fits = device == "cpu" and packed.spec.bits > 4 and cpu_int8.offset_fits(packed)
+def _prepare_case(
+    packed: PackedWeight, M: int, dtype: torch.dtype, device: str, memory: Memory, activation: ActivationSpec | None
+) -> dispatch.Case:
+    fits = device == "cpu" and packed.spec.bits > 4 and activation is None and cpu_int8.offset_fits(packed)
     return dispatch.Case(
-        "wna16", device, dtype, packed.spec.bits, M, packed.out_features, packed.in_features,
-        packed.spec.group_length(packed.in_features), None, memory == "cached", isa(), fits,
+        "wna16" if activation is None else "wnan", device, dtype, packed.spec.bits, M, packed.out_features,
+        packed.in_features, packed.spec.group_length(packed.in_features), None, memory == "cached", isa(), fits,
+        activation,
     )
 
 
-def prepare(packed: PackedWeight, *, dtype: torch.dtype, memory: Memory = "compact") -> Runtime:
+def prepare(
+    packed: PackedWeight, *, dtype: torch.dtype, memory: Memory = "compact", activation: ActivationSpec | None = None
+) -> Runtime:
     """Make the runtime form of ``packed`` for the device where it lies.
 
     Args:
         packed: the canonical form; its tensors may be dropped afterwards, scales and zero points are shared.
         dtype: dtype of the activations that will come.
         memory: ``"compact"`` keeps packed codes only; ``"cached"`` also keeps a float copy for larger batches, whose
-            bytes are in ``Runtime.nbytes``.
+            bytes are in ``Runtime.nbytes``. For integer products it keeps codes of up to 4 bits as bytes, and a float
+            copy only where scales in groups do not fold.
+        activation: the activations will be quantized so: a form for :func:`linear_int`.
 
     Raises:
         CheckpointError: the tensors do not have the shapes that the spec asks for.
@@ -52,9 +62,10 @@ def prepare(packed: PackedWeight, *, dtype: torch.dtype, memory: Memory = "compa
     packed.check()
     if packed.qweight.is_meta or not packed.qweight.numel():
         return LAYOUTS["canonical"].make(packed, dtype)
-    row = dispatch.choose(_prepare_case(packed, 1, dtype, packed.qweight.device.type, memory), packed.name)
+    device = packed.qweight.device.type
+    row = dispatch.choose(_prepare_case(packed, 1, dtype, device, memory, activation), packed.name)
     runtime = LAYOUTS["canonical" if row.layout == "*" else row.layout].make(packed, dtype)
-    if memory == "cached" and packed.qweight.device.type == "cpu":
+    if memory == "cached" and device == "cpu" and (activation is None or "group_scale" in runtime.tensors):
         runtime.tensors["copy"] = cpu.float_copy(runtime)
         runtime.cached = True
         note = f"float copy ({str(runtime.tensors['copy'].dtype).removeprefix('torch.')}) kept besides"
@@ -125,7 +136,7 @@ def embedding(ids: torch.Tensor, packed: PackedWeight, dtype: torch.dtype | None
 
 def explain(
     weight: Any, M: int = 1, dtype: torch.dtype | None = None, device: str | None = None,
-    memory: Memory = "compact",
+    memory: Memory = "compact", activation: ActivationSpec | None = None,
 ) -> list[Choice]:
     """Every backend of the table for ``M`` rows: the one chosen, and for each other one why not.
 
@@ -136,10 +147,12 @@ def explain(
         dtype: of the activations; default the one it was prepared for, float32 for a canonical weight.
         device: device type; default where the weight lies.
         memory: for a canonical weight, as in :func:`prepare`.
+        activation: format of the activations: the rows of the integer product. A layer knows its own.
     """
     if hasattr(weight, "operand"):
+        activation = getattr(weight, "activation", activation)
         weight = weight.operand(next(iter(weight.slots)))
     device = device or weight.scale.device.type
     if isinstance(weight, Runtime):
-        return dispatch.explain(dispatch.case_of(weight, M, dtype or weight.dtype, device))
-    return dispatch.explain(_prepare_case(weight, M, dtype or torch.float32, device, memory))
+        return dispatch.explain(dispatch.case_of(weight, M, dtype or weight.dtype, device, activation))
+    return dispatch.explain(_prepare_case(weight, M, dtype or torch.float32, device, memory, activation))

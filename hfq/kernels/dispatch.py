@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from hfq.errors import KernelError
+from hfq.formats import ActivationSpec
 from hfq.kernels.isa import THRESHOLDS, isa
 from hfq.kernels.packed import Runtime
 
@@ -46,6 +47,7 @@ class Case:
     cached: bool = False
     isa: str = "default"
     shift_fits: bool = False
+    activation: ActivationSpec | None = None
 
     @property
     def per_row(self) -> bool:
@@ -118,14 +120,19 @@ class Choice:
     reason: str
 
 
-Backend = Callable[[torch.Tensor, Runtime, "torch.Tensor | None"], torch.Tensor]
+Backend = Callable[..., torch.Tensor]
 TABLE: list[Row] = []
 BACKENDS: dict[tuple[str, str], Backend] = {}
 _warned: set[tuple[str, str]] = set()
 
 
 def backend(op: str, name: str) -> Callable[[Backend], Backend]:
-    """Register a function ``(x [M, K], runtime, bias) -> y [M, N]`` (contiguous, dtype of ``x``)."""
+    """Register a function of an operation; ``y`` is contiguous.
+
+    ``wna16``: ``(x [M, K], runtime, bias) -> y [M, N]`` of the dtype of ``x``. A backend of the integer product has one
+    of two forms: ``wnan`` ``(x, runtime, bias, spec, params, factor)`` quantizes by itself, and ``wnan_codes``
+    ``(x: ActivationCodes of [M, K], runtime, bias, dtype)`` takes codes that a producer made.
+    """
 
     def add(function: Backend) -> Backend:
         BACKENDS[op, name] = function
@@ -135,8 +142,10 @@ def backend(op: str, name: str) -> Callable[[Backend], Backend]:
 
 
 def add_rows(rows: Sequence[Row], *, before: str | None = None) -> None:
-    """Append rows, or put them in front of the first row of backend ``before``."""
-    at = next((i for i, row in enumerate(TABLE) if row.backend == before), len(TABLE)) if before else len(TABLE)
+    """Append rows, or put them in front of the first row of their operation with backend ``before``."""
+    op = rows[0].op if rows else ""
+    found = (i for i, row in enumerate(TABLE) if row.backend == before and row.op == op)
+    at = next(found, len(TABLE)) if before else len(TABLE)
     TABLE[at:at] = rows
     _choose.cache_clear()
 
@@ -232,11 +241,14 @@ def _slow(op: str, backend: str, why: str, name: str) -> None:
     warnings.warn(f"{name or op}: slow backend {backend!r}: {why}", RuntimeWarning, stacklevel=4)
 
 
-def case_of(runtime: Runtime, M: int, dtype: torch.dtype, device: str, op: str = "wna16") -> Case:
-    """The case of a product of ``M`` rows with ``runtime``."""
+def case_of(
+    runtime: Runtime, M: int, dtype: torch.dtype, device: str, activation: ActivationSpec | None = None
+) -> Case:
+    """The case of a product of ``M`` rows with ``runtime``; an integer product if there is an activation format."""
     return Case(
-        op, device, dtype, runtime.spec.bits, M, runtime.out_features, runtime.in_features,
-        runtime.spec.group_length(runtime.in_features), runtime.layout, runtime.cached, isa(), runtime.layout == "int8",
+        "wna16" if activation is None else "wnan", device, dtype, runtime.spec.bits, M, runtime.out_features,
+        runtime.in_features, runtime.spec.group_length(runtime.in_features), runtime.layout, runtime.cached, isa(),
+        runtime.layout == "int8", activation,
     )
 
 

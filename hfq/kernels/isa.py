@@ -63,6 +63,7 @@ class Thresholds:
     int8: int  # int8 rows
     copy4: int  # one plane against a float copy, where one is kept
     copy8: int  # int8 rows or two planes against a float copy
+    partials: int = 0  # one sum of integers a group against a float copy
 
 
 THRESHOLDS = {

@@ -15,17 +15,18 @@ from hfq.formats import QuantSpec
 from hfq.kernels import dispatch
 from hfq.kernels.packed import LAYOUTS, Runtime
 
-__all__ = ["call", "run"]
+__all__ = ["WEIGHT", "call", "format_of", "run", "runtime_of"]
 
 _LIBRARY = torch.library.Library("hfq", "DEF")
-_WEIGHT = "Tensor[] weight, str[] names, str layout, int[] format"
-_LIBRARY.define(f"wna16(Tensor x, {_WEIGHT}) -> Tensor")
-_LIBRARY.define(f"wna16_dx(Tensor dy, {_WEIGHT}) -> Tensor")
+WEIGHT = "Tensor[] weight, str[] names, str layout, int[] format"
+_LIBRARY.define(f"wna16(Tensor x, {WEIGHT}) -> Tensor")
+_LIBRARY.define(f"wna16_dx(Tensor dy, {WEIGHT}) -> Tensor")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _format(runtime: Runtime) -> list[int]:
+def format_of(runtime: Runtime) -> list[int]:
+    """What the operators are told of a weight besides its tensors."""
     dtype = _DTYPES.index(runtime.dtype) if runtime.dtype in _DTYPES else 0
     return [runtime.spec.bits, runtime.spec.group_size, runtime.in_features, runtime.out_features, dtype]
 
@@ -38,7 +39,8 @@ def _spec(bits: int, group_size: int, scale: torch.dtype, zero: torch.dtype | No
     )
 
 
-def _runtime(weight: list[torch.Tensor], names: list[str], layout: str, fmt: list[int]) -> Runtime:
+def runtime_of(weight: list[torch.Tensor], names: list[str], layout: str, fmt: list[int]) -> Runtime:
+    """The weight again, from the arguments of an operator."""
     tensors = dict(zip(names, weight, strict=True))
     zero = tensors.get("zero_point")
     spec = _spec(fmt[0], fmt[1], tensors["scale"].dtype, None if zero is None else zero.dtype)
@@ -62,20 +64,20 @@ def call(x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None) -> torch.
     if own is not None:
         return own(x, runtime, bias)
     names = list(runtime.tensors)
-    y = torch.ops.hfq.wna16(x, [runtime.tensors[name] for name in names], names, runtime.layout, _format(runtime))
+    y = torch.ops.hfq.wna16(x, [runtime.tensors[name] for name in names], names, runtime.layout, format_of(runtime))
     return y if bias is None else y + bias.to(y.dtype)
 
 
 def _wna16(
     x: torch.Tensor, weight: list[torch.Tensor], names: list[str], layout: str, format: list[int]
 ) -> torch.Tensor:
-    return run(x, _runtime(weight, names, layout, format), None)
+    return run(x, runtime_of(weight, names, layout, format), None)
 
 
 def _wna16_dx(
     dy: torch.Tensor, weight: list[torch.Tensor], names: list[str], layout: str, format: list[int]
 ) -> torch.Tensor:
-    runtime = _runtime(weight, names, layout, format)
+    runtime = runtime_of(weight, names, layout, format)
     return torch.matmul(dy, LAYOUTS[layout].dequantize(runtime, dy.dtype))
 
 

@@ -67,7 +67,7 @@ class Runtime:
         nbytes: bytes of all tensors, including the shared scales and zero points.
         bytes_note: where these bytes differ from the canonical form, and why.
         cached: holds a float copy of the weight too (``tensors["copy"]``).
-        plan: backend by ``(M, dtype)``, filled as calls come.
+        plan: backend by ``(M, dtype)`` and, of integer products, activation format; filled as calls come.
         extra: what the layout derives from the fields above (padded sizes, ...).
     """
 
@@ -80,7 +80,7 @@ class Runtime:
     bytes_note: str = ""
     name: str = ""
     cached: bool = False
-    plan: dict[tuple[int, torch.dtype], Callable[..., torch.Tensor]] = field(default_factory=dict, repr=False)
+    plan: dict[Any, Any] = field(default_factory=dict, repr=False)
     extra: Any = field(default=None, repr=False)
 
     @property

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from hfq.formats import affine, bitpack
+from hfq.formats import ActivationCodes, affine, bitpack
 from hfq.kernels.packed import Layout, PackedWeight, Runtime, register
 
-__all__ = ["dequantize", "embedding", "linear"]
+__all__ = ["dequantize", "embedding", "linear", "linear_int"]
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -32,6 +32,37 @@ def linear(
     if bias is not None:
         y = y + bias.to(accumulate)
     return y.to(x.dtype)
+
+
+def linear_int(
+    x: ActivationCodes, weight: PackedWeight, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Codes ``[..., in_features]`` times packed codes, ``[..., out_features]``, from the formula.
+
+    For each range of K in which both scales are constant,
+    ``s_a s_w (acc - z_a Sw - z_w Sa + n z_a z_w)`` with ``acc = sum qa qw``, ``Sw = sum qw``, ``Sa = sum qa`` over its
+    ``n`` elements; sums of integers are exact, scales are applied in float64, and ``y`` is rounded once.
+    """
+    spec, columns = weight.spec, weight.in_features
+    qa = x.codes.double()
+    qw = bitpack.unpack(weight.qweight, spec.bits, columns).double()
+    middle = torch.full_like(weight.scale, spec.middle)
+    s_w, z_w = (
+        t.double().expand(weight.out_features, -1)
+        for t in (weight.scale, middle if weight.zero_point is None else weight.zero_point)
+    )
+    s_a = x.scale.double()
+    z_a = torch.zeros_like(s_a) if x.zero_point is None else x.zero_point.double()
+    length_w, length_a = spec.group_length(columns), columns if x.spec.group_size == -1 else x.spec.group_size
+    edges = sorted({*range(0, columns, length_w), *range(0, columns, length_a), columns})
+    y = qa.new_zeros(*qa.shape[:-1], weight.out_features)
+    for start, stop in zip(edges, edges[1:], strict=False):
+        a, w = qa[..., start:stop], qw[:, start:stop]
+        sa, za = (t if t.shape[-1] == 1 else t[..., start // length_a, None] for t in (s_a, z_a))
+        sw, zw = s_w[:, start // length_w], z_w[:, start // length_w]
+        total = a @ w.t() - za * w.sum(-1) - zw * a.sum(-1, keepdim=True) + (stop - start) * za * zw
+        y = y + sa * sw * total
+    return (y if bias is None else y + bias.double()).to(dtype)
 
 
 def embedding(ids: torch.Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -29,7 +29,8 @@ def fresh(monkeypatch):
 
 def test_rows_are_plain_data_and_the_last_one_serves_everything():
     rows = kernels.table()
-    assert all(row.reason and (row.op, row.backend) in dispatch.BACKENDS for row in rows)
+    for row in rows:  # integer products have two forms of backends
+        assert row.reason and {(row.op, row.backend), (f"{row.op}_codes", row.backend)} & set(dispatch.BACKENDS)
     assert rows[-1].backend == "reference" and not rows[-1].dtypes
     rows.clear()
     assert kernels.table()
@@ -45,7 +46,8 @@ def test_thresholds_decide_by_rows():
 
 def test_explain_gives_a_reason_for_every_row():
     lines = kernels.explain(kernels.prepare(packed(), dtype=torch.float32), 1)
-    assert len(lines) == len(kernels.table()) and sum(line.chosen for line in lines) == 1
+    rows = [row for row in kernels.table() if row.op == "wna16"]
+    assert len(lines) == len(rows) and sum(line.chosen for line in lines) == 1
     assert all(line.reason for line in lines)
     assert "runs on cuda" in next(line.reason for line in lines if line.backend == "triton")
 

@@ -18,7 +18,7 @@ def packed(n=48, k=128, spec=SPECS[0]):
 
 def arguments(x, runtime):
     names = list(runtime.tensors)
-    return x, [runtime.tensors[name] for name in names], names, runtime.layout, ops._format(runtime)
+    return x, [runtime.tensors[name] for name in names], names, runtime.layout, ops.format_of(runtime)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
