@@ -27,7 +27,7 @@ from hfq.transforms import init
 from hfq.transforms.fold import check_plan, folds_of
 from hfq.transforms.sites import Edit, Rotation, Scale, Stream, TransformSet
 
-__all__ = ["Sites", "build"]
+__all__ = ["Sites", "build", "head_groups"]
 
 Placement = Callable[[nn.Module], AbstractContextManager[Any]]
 
@@ -259,6 +259,16 @@ class _Builder:
             self.set.online[site.name] = Hadamard(size, None if order == size else order)
             axis = 0 if site.kind == "transposed" else 1
             self.set.edit(site.module, Edit(f"{site.name}.weight", axis, "", "mix", "online", order=order))
+
+
+def head_groups(pairs: PairReport) -> dict[str, int]:
+    """Width of a head, for every linear that reads the values of heads lying one behind the other."""
+    found = {}
+    for pair in pairs.proven("vo"):
+        for link, places in zip(pair.readers, pair.reader_heads, strict=False):
+            if torch.equal(places.flatten(), torch.arange(len(link.index))):
+                found[link.name] = places.shape[1]
+    return found
 
 
 def _columns(link: Link, places: torch.Tensor) -> torch.Tensor:
