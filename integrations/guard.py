@@ -16,6 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from hfq.errors import CheckpointError
 from hfq.layers.attached import AttachedPart
+from hfq.layers.integer import IntegerModule
 from hfq.layers.online import Hadamard, StreamRotation
 from hfq.layers.packed import PackedModule
 
@@ -81,7 +82,7 @@ def _candidates(key: str, prefix: str) -> Iterator[str]:
 
 def packed_tensors(model: Any) -> dict[str, Any]:
     """Every tensor of every packed layer, rotation, attached part and online transform, by its name in memory."""
-    parts = (PackedModule, StreamRotation, Hadamard, AttachedPart)
+    parts = (PackedModule, StreamRotation, Hadamard, AttachedPart, IntegerModule)
     return {
         f"{name}.{leaf}": parameter
         for name, module in model.named_modules() if isinstance(module, parts)
@@ -201,7 +202,7 @@ def check_files(
                         f"{key} in {file} has shape {list(stored.get_shape())}, the quantization config says "
                         f"{list(tensor.shape)}: config.json and the weights do not belong together"
                     )
-                if tensor.is_floating_point() == (stored.get_dtype() in ("U8", "I8", "I32", "I64", "BOOL")):
+                if tensor.is_floating_point() == (stored.get_dtype() in ("U8", "I8", "I16", "I32", "I64", "BOOL")):
                     raise CheckpointError(f"{key} in {file} is {stored.get_dtype()}, {tensor.dtype} is needed")
     missing = sorted(set(expected) - found)
     if missing:

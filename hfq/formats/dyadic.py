@@ -12,6 +12,7 @@ Integer arithmetic has no order of summation: results are the same bits on every
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -164,10 +165,11 @@ def fit(scale: float, bits: int = 8) -> tuple[int, int]:
     return int(mantissa[0]), shift
 
 
-def fit_shared(values: Tensor, bits: int = 15) -> tuple[Tensor, int]:
+def fit_shared(values: Tensor, bits: int = 15, *, up: bool = False) -> tuple[Tensor, int]:
     """Float numbers of either sign as integer mantissas of ``bits`` bits with one shift for all of them.
 
     The largest has a normalised mantissa; the others as many bits as that leaves, and a nonzero one at least 1.
+    Rounded to nearest, or with ``up`` away from zero (a step that must not clip its range).
 
     Returns:
         ``(mantissas int64, shift)`` with ``values ~ mantissas / 2**shift``.
@@ -180,8 +182,9 @@ def fit_shared(values: Tensor, bits: int = 15) -> tuple[Tensor, int]:
     if not 0 < largest < float("inf") or not torch.isfinite(values).all():
         raise QuantizationError(f"no dyadic scale for numbers whose largest magnitude is {largest}")
     shift = bits - 1 - int(torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent) + 1
-    if round(largest * 2.0**shift) > (1 << bits) - 1:
+    rounded = math.ceil(largest * 2.0**shift) if up else math.floor(largest * 2.0**shift + 0.5)
+    if rounded > (1 << bits) - 1:
         shift -= 1
-    scaled = values * 2.0**shift
-    mantissa = (scaled.abs() + 0.5).floor().clamp_min(1.0) * values.sign()
+    scaled = (values * 2.0**shift).abs()
+    mantissa = (scaled.ceil() if up else (scaled + 0.5).floor()).clamp_min(1.0) * values.sign()
     return mantissa.to(torch.int64), shift

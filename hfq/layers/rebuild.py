@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
-from hfq.layers import attached, attention
+from hfq.layers import attached, attention, integer_build
 from hfq.layers import manifest as record
 from hfq.layers import online as streams
 from hfq.layers.experts import pack_experts
@@ -27,6 +27,9 @@ def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The manifest: what :func:`build_empty` needs to rebuild packed layers, rotations and attention. JSON only."""
+    whole = integer_build.describe(model)
+    if whole is not None:
+        return {"version": record.VERSION, "layers": {}, "rotations": [], "integer": whole}
     lists = {"attention": attention.describe(model), "attached": attached.attached(model)}
     return {
         "version": record.VERSION,
@@ -49,6 +52,8 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
         CheckpointError: the manifest is damaged, of a newer version, or of another model; names the module.
     """
     layers, rotations = record.entries(manifest)
+    if manifest.get("integer") is not None:
+        integer_build.build(model, manifest["integer"])
     todo: list[tuple[str, Callable[[], nn.Module]]] = []
     for name, entry in layers.items():
         place = record.locate(model, name, layers)

@@ -13,6 +13,8 @@ from hfq.formats import Codes, affine
 from hfq.layers.attached import AttachedPart
 from hfq.layers.deferred import Deferred
 from hfq.layers.experts import is_transposed, pack_experts
+from hfq.layers.integer import IntegerModule
+from hfq.layers.integer_build import check as check_integer
 from hfq.layers.kinds import empty, kind_of, matrix_of, to_float
 from hfq.layers.online import Hadamard, StreamRotation
 from hfq.layers.packed import Memory, PackedModule, check_slot
@@ -180,7 +182,7 @@ def prepare(model: nn.Module, memory: Memory = "compact") -> list[str]:
 def freeze(model: nn.Module) -> None:
     """No tensor of a packed layer or of a rotation needs a gradient (loaders make floating tensors trainable)."""
     for module in model.modules():
-        if isinstance(module, (PackedModule, StreamRotation, Hadamard, AttachedPart)):
+        if isinstance(module, (PackedModule, StreamRotation, Hadamard, AttachedPart, IntegerModule)):
             for parameter in module.parameters(recurse=False):
                 if not isinstance(parameter, Deferred):
                     parameter.requires_grad_(False)
@@ -207,7 +209,8 @@ def _check_signs(module: nn.Module, where: str) -> None:
 
 
 def check(model: nn.Module) -> None:
-    """:func:`check_codes` for every packed layer, and the same for the rotations."""
+    """:func:`check_codes` for every packed layer, and the same for the rotations and for integer modules."""
+    check_integer(model)
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
             module.label = module.label or name
@@ -234,6 +237,9 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> li
     Returns:
         Names of the replaced modules.
     """
+    if getattr(model, "hfq_integer", None) is not None:
+        raise QuantizationError(f"{type(model).__name__} is an integer-only decoder: it computes with integers from "
+                                "the ids to the logits and has no float form; load the float model instead")
     found = packed_modules(model)
     for name, module in found.items():
         model.set_submodule(name, to_float(module, dtype).train(module.training))
