@@ -7,7 +7,7 @@ import torch
 from hfq.kernels import dispatch
 from hfq.kernels.dispatch import ANY_BITS, FLOATS, Case, Row
 from hfq.kernels.packed import Layout, register
-from hfq.kernels.triton import wna16
+from hfq.kernels.triton import integer, producers, wna16
 
 __all__: list[str] = []
 
@@ -29,6 +29,11 @@ def _few(case: Case) -> bool:
     return _grouped(case) and wna16.fused(case.bits, case.group, case.M, case.N, case.K, case.dtype)
 
 
+def _integers(case: Case) -> bool:
+    whole = case.activation is not None and not producers.constraint(case.activation)
+    return _runs(case) and whole and (case.per_row or case.group % 32 == 0) and case.K <= integer.LONGEST
+
+
 # Gradients and tracing go through hfq::wna16, which chooses among these rows when it runs.
 register("triton", Layout(wna16.prepare, wna16.canonical, wna16.dequantize))
 dispatch.backend("wna16", "triton")(wna16.multiply)
@@ -37,4 +42,15 @@ dispatch.add_rows([
     Row("wna16", "cuda", _HALVES, ANY_BITS, "triton", _few, "triton", _MANY),
     Row("wna16", "cuda", FLOATS, ANY_BITS, "triton", _grouped, "triton_dequant", _GROUPS, constraint=True),
     Row("wna16", "cuda", FLOATS, ANY_BITS, "triton", _runs, "triton_dequant", _NEEDS, slow=True),
+], before="dequant")
+
+_INTEGERS = (
+    _NEEDS + ", groups of the weight that are multiples of 32 (group {group}, K={K}), activations in one group, and "
+    f"rows of at most {integer.LONGEST}"
+)
+register("triton_int", Layout(integer.prepare, integer.canonical, integer.dequantize))
+dispatch.backend("wnan", "triton")(integer.linear)
+dispatch.backend("wnan_codes", "triton")(integer.multiply)
+dispatch.add_rows([
+    Row("wnan", "cuda", FLOATS, ANY_BITS, "triton_int", _integers, "triton", _INTEGERS, constraint=True),
 ], before="dequant")

@@ -22,7 +22,7 @@ from typing import Any
 __all__ = ["BUCKETS", "Config", "Key", "bucket", "fits", "heuristic", "pick_config", "user_table"]
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
-MODES = {"group": 0, "group+xsum": 1, "elem": 2}
+MODES = {"group": 0, "group+xsum": 1, "elem": 2}  # "int": integer products
 _SMALL_M, _MEDIUM_M, _FUSED_M = 16, 64, 256
 
 
@@ -50,10 +50,13 @@ class Config:
     warps: int = 4
     stages: int = 4
     mode: str = "group"
+    bk: int = 128  # codes of a row in one step; only integer products with one scale a row choose it
 
     def label(self) -> str:
         if self.backend != "fused":
             return self.backend
+        if self.mode == "int":
+            return f"{self.bm}x{self.bn}x{self.bk}/w{self.warps}/s{self.stages}/k{self.split}"
         return f"{self.bm}x{self.bn}/w{self.warps}/s{self.stages}/k{self.split}/{self.mode}"
 
 
@@ -73,8 +76,30 @@ def split_for(n: int, m: int, bn: int, bm: int, blocks: int, processors: int, mo
     return max(1, min(want, most, blocks // 2))
 
 
+def _integer(key: Key, blocks: int, processors: int) -> Config:
+    """Integer products. ``bn`` rows of the weight and ``bm`` tokens a tile; four bits a code come in steps of 128."""
+    grouped, step = key.group > 0, 128 if key.bits == 4 or key.group > 0 else 256
+    if key.m <= _SMALL_M:
+        # A second kernel for partial sums costs as much as the smallest products: rather tiles that fill the device.
+        bn = 64 if 2 * math.ceil(key.n / 64) >= 3 * processors else 32
+        split = split_for(key.n, key.m, bn, 16, blocks, processors // 4, 8)
+        return Config(bm=16, bn=bn, warps=4, stages=5, split=split, mode="int", bk=step)
+    if key.m <= _MEDIUM_M:
+        bm = _power_of_2(key.m)
+        split = split_for(key.n, key.m, 64, bm, blocks, processors // 2, 8)
+        return Config(bm=bm, bn=64, warps=4, stages=4, split=split, mode="int", bk=step)
+    if 4 * math.ceil(key.n / 128) * math.ceil(key.m / 128) < 3 * processors:  # larger tiles leave processors idle
+        split = split_for(key.n, key.m, 64, 64, blocks, processors // 2, 4)
+        return Config(bm=64, bn=64, warps=4, stages=4, split=split, mode="int", bk=step)
+    if grouped or 4 * math.ceil(key.n / 128) * math.ceil(key.m / 256) < 3 * processors:
+        return Config(bm=128, bn=128, warps=8, stages=4, mode="int", bk=128)
+    return Config(bm=256, bn=128, warps=8, stages=4, mode="int", bk=128)
+
+
 def heuristic(key: Key, blocks: int, processors: int = 132) -> Config:
     """The configuration to use where nothing was measured. ``blocks``: pack blocks along K."""
+    if key.op == "wnan":
+        return _integer(key, blocks, processors)
     if key.m <= _SMALL_M:
         return Config(bm=16, bn=64, warps=4, stages=4, split=split_for(key.n, key.m, 64, 16, blocks, processors))
     if key.m <= _MEDIUM_M:
@@ -102,6 +127,21 @@ def fits(config: Config, block: int, slice_size: int, bits: int, blocks: int, li
     if shared_bytes(config, block, slice_size, bits) > limit:
         config = replace(config, stages=1)
     return replace(config, split=max(1, min(config.split, blocks)))
+
+
+def integer_shared_bytes(config: Config, bits: int) -> int:
+    """Shared memory of the pipelined tiles of an integer product."""
+    return config.stages * config.bk * (config.bn * bits // 8 + config.bm)
+
+
+def fits_integer(config: Config, bits: int, step: int, padded: int, limit: int) -> Config:
+    """``config`` with what the device and the weight allow. ``step``: codes that one step must take; 0 for any."""
+    config = replace(config, bk=step or math.gcd(config.bk, padded))
+    while config.stages > 2 and integer_shared_bytes(config, bits) > limit:
+        config = replace(config, stages=config.stages - 1)
+    while config.bm > 16 and integer_shared_bytes(config, bits) > limit:
+        config = replace(config, bm=config.bm // 2)
+    return replace(config, split=max(1, min(config.split, padded // config.bk)))
 
 
 def user_table() -> Path:
