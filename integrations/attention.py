@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hfq.layers import attention
+from hfq.layers import attention, routing
 
 __all__ = ["register"]
 
@@ -18,7 +18,7 @@ def _sdpa(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: A
 
 
 def _eager(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
-    inner = attention.eager_function(module)
+    inner = routing.eager_function(module)
     return attention.attend(inner, module, query, key, value, attention_mask, **kwargs)
 
 
@@ -27,8 +27,10 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
 
-    AttentionInterface.register(attention.DEFAULT_ROUTE, _sdpa)
-    AttentionMaskInterface.register(attention.DEFAULT_ROUTE, sdpa_mask)
-    AttentionInterface.register(attention.ROUTES["eager"], _eager)
-    AttentionMaskInterface.register(attention.ROUTES["eager"], eager_mask)
-    attention.routable(attention.DEFAULT_ROUTE, *attention.ROUTES.values())
+    AttentionInterface.register(routing.DEFAULT_ROUTE, _sdpa)
+    AttentionMaskInterface.register(routing.DEFAULT_ROUTE, sdpa_mask)
+    AttentionInterface.register(routing.ROUTES["eager"], _eager)
+    AttentionMaskInterface.register(routing.ROUTES["eager"], eager_mask)
+    from hfq.integrations import kv_cache
+
+    routing.routable(routing.DEFAULT_ROUTE, *routing.ROUTES.values(), adopt=kv_cache.adopt)

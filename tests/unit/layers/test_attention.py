@@ -77,7 +77,9 @@ def test_queries_keys_and_values_are_rounded_as_the_grid_says(monkeypatch: pytes
     attention.install(model, name, attention.AttentionQuant(16, **specs))
     logits(model)
     for tensor, wanted, spec in zip(seen[0], exact, specs.values(), strict=True):
-        assert torch.equal(tensor, activation.fake(wanted, spec)) and not torch.equal(tensor, wanted)
+        # Keys are rounded as a cache stores them, with float16 scales: a number on an edge may go the other way.
+        near = (tensor - activation.fake(wanted, spec)).abs() <= 2**-10 * wanted.abs().amax(-1, keepdim=True)
+        assert near.float().mean() >= (0.97 if spec.bits == 4 else 1) and not torch.equal(tensor, wanted)
 
 
 def test_gradients_pass() -> None:

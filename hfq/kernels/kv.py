@@ -1,0 +1,357 @@
+"""Attention over packed keys and values: blocks of tokens, and the products that read them a tile at a time.
+
+A block holds ``capacity`` tokens. The bit planes of its codes (widest first, as in ``formats.bitpack``) follow each
+other along the token axis, and a byte of a plane holds the same channel of tokens that are a fraction of the block
+apart: unpacking is one shift and mask a slice, gives whole rows, and works for heads of any width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from hfq.errors import KernelError
+from hfq.formats import bitpack, kv
+from hfq.formats.kv import Encoded, SideSpec, Tables
+from hfq.kernels import dispatch
+from hfq.kernels.isa import isa
+from hfq.kernels.workspace import scratch
+
+__all__ = ["Block", "Rotary", "Side", "attend", "read", "write"]
+
+TILE_BYTES = 1 << 20  # of one unpacked tile: what a core keeps near itself
+
+
+class Rotary(Protocol):
+    """The rotary embedding of stored keys."""
+
+    def rotate(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Keys ``[batch, heads, stop - start, head_dim]`` of those tokens, with their embedding."""
+
+
+@dataclass
+class Block:
+    """Some tokens of one side, allocated at once.
+
+    Attributes:
+        capacity: tokens that fit, a multiple of 8 unless 16 bits.
+        packed: uint8 ``[batch, heads, capacity * bits / 8, head_dim]``; floats ``[.., capacity, ..]`` for 16 bits.
+        extra: "scale", "offset", "values", "index" as in :class:`hfq.formats.kv.Encoded`, over all of the capacity.
+    """
+
+    capacity: int
+    packed: torch.Tensor
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"packed": self.packed, **self.extra}
+
+
+@dataclass
+class Side:
+    """Keys or values of all tokens: blocks in the order of the tokens, all but the last one full."""
+
+    spec: SideSpec
+    tables: Tables
+    blocks: list[Block] = field(default_factory=list)
+
+    def tiles(self, tokens: int, limit: int) -> list[tuple[Block, int, int, int]]:
+        """``(block, first, last, position)`` of runs of at most ``limit`` tokens, whole windows."""
+        size = self.spec.group_size if self.spec.axis == "window" else 1
+        limit = max(limit // size * size, size)
+        found, position = [], 0
+        for block in self.blocks:
+            used = min(block.capacity, tokens - position)
+            found += [(block, a, min(a + limit, used), position + a) for a in range(0, used, limit)]
+            position += max(used, 0)
+        return found
+
+
+def empty_block(like: Encoded, spec: SideSpec, capacity: int) -> Block:
+    """A block for tokens that are encoded like ``like``."""
+    batch, heads, _, width = like.codes.shape
+    with torch.inference_mode(False):  # later tokens may come outside of inference mode
+        if spec.exact:
+            return Block(capacity, like.codes.new_empty(batch, heads, capacity, width))
+        packed = like.codes.new_zeros(batch, heads, capacity * spec.bits // 8, width)
+        extra = {}
+        for name, tensor in like.tensors().items():
+            shape = list(tensor.shape)
+            at = 1 if name in ("values", "index") else 2
+            shape[at] = capacity // spec.group_size if spec.axis == "window" else capacity
+            extra[name] = tensor.new_zeros(shape)
+        return Block(capacity, packed, extra)
+
+
+def write(block: Block, at: int, run: Encoded, spec: SideSpec) -> None:
+    """Store ``run`` from token ``at`` of the block on; what was there is replaced."""
+    tokens = run.codes.shape[2]
+    if spec.exact:
+        block.packed[:, :, at:at + tokens] = run.codes
+    else:
+        _write_codes(block, at, run.codes, spec.bits)
+    size = spec.group_size if spec.axis == "window" else 1
+    first, count = at // size, -(-tokens // size)
+    for name, tensor in run.tensors().items():
+        target = block.extra[name]
+        if name in ("values", "index"):
+            target[:, first:first + count] = tensor
+        else:
+            target[:, :, first:first + count] = tensor
+
+
+def _slices(capacity: int, width: int, start: int, stop: int) -> list[tuple[int, int, int, int]]:
+    """``(shift, first row, last row, first token - start)`` of a plane for tokens ``start`` to ``stop``."""
+    size, found = capacity * width // 8, []
+    for i in range(8 // width):
+        low, high = max(start, i * size), min(stop, (i + 1) * size)
+        if low < high:
+            found.append((i * width, low - i * size, high - i * size, low - start))
+    return found
+
+
+def _write_codes(block: Block, at: int, codes: torch.Tensor, bits: int) -> None:
+    shift = base = 0
+    for width in bitpack.planes(bits):
+        mask = (1 << width) - 1
+        for up, low, high, first in _slices(block.capacity, width, at, at + codes.shape[2]):
+            part = (codes[:, :, first:first + high - low] >> shift) & mask if bits < 8 else codes[:, :, first:]
+            rows = block.packed[:, :, base + low:base + high]
+            if width == 8:
+                rows.copy_(part[:, :, : high - low])
+            else:
+                rows.bitwise_and_(0xFF ^ (mask << up)).bitwise_or_(part << up)
+        base += block.capacity * width // 8
+        shift += width
+
+
+def read_codes(block: Block, start: int, stop: int, bits: int, out: torch.Tensor) -> torch.Tensor:
+    """Codes (uint8) of tokens ``start`` to ``stop`` into ``out`` ``[batch, heads, stop - start, head_dim]``."""
+    planes = bitpack.planes(bits)
+    shift = base = 0
+    for i, width in enumerate(planes):
+        mask = (1 << width) - 1
+        for down, low, high, first in _slices(block.capacity, width, start, stop):
+            rows, to = block.packed[:, :, base + low:base + high], out[:, :, first:first + high - low]
+            if width == 8:
+                to.copy_(rows)
+                continue
+            if i == 0:
+                part = torch.bitwise_right_shift(rows, down, out=to) if down else rows
+                if down + width < 8:
+                    torch.bitwise_and(part, mask, out=to)
+            else:
+                part = torch.bitwise_right_shift(rows, down) if down else rows
+                to.bitwise_or_((part & mask) << shift)
+        base += block.capacity * width // 8
+        shift += width
+    return out
+
+
+def read(side: Side, block: Block, start: int, stop: int) -> Encoded:
+    """A run of tokens as it was encoded (``start`` on a window's border)."""
+    spec = side.spec
+    if spec.exact:
+        return Encoded(block.packed[:, :, start:stop])
+    batch, heads, _, width = block.packed.shape
+    codes = block.packed.new_empty(batch, heads, stop - start, width)
+    size = spec.group_size if spec.axis == "window" else 1
+    first, last = start // size, -(-stop // size)
+    extra = {name: tensor[:, first:last] if name in ("values", "index") else tensor[:, :, first:last]
+             for name, tensor in block.extra.items()}
+    return Encoded(read_codes(block, start, stop, spec.bits, codes), **extra)
+
+
+class _Float:
+    """Any format: a tile of numbers at a time."""
+
+    @staticmethod
+    def scores(query: torch.Tensor, side: Side, tokens: int, out: torch.Tensor, rotary: Rotary | None) -> None:
+        for block, start, stop, at in side.tiles(tokens, _tile(query)):
+            keys = kv.decode(read(side, block, start, stop), side.spec, side.tables).to(query.dtype)
+            keys = keys if rotary is None else rotary.rotate(keys, at, at + stop - start)
+            torch.matmul(query, keys.transpose(-1, -2), out=out[..., at:at + stop - start])
+
+    @staticmethod
+    def mix(weights: torch.Tensor, side: Side, tokens: int, out: torch.Tensor) -> None:
+        for block, start, stop, at in side.tiles(tokens, _tile(out)):
+            values = kv.decode(read(side, block, start, stop), side.spec, side.tables).to(weights.dtype)
+            out += weights[..., at:at + stop - start] @ values
+
+
+class _Reference:
+    """All tokens at once, in float64: what the others are compared with."""
+
+    @staticmethod
+    def whole(side: Side, tokens: int) -> torch.Tensor:
+        runs = [read(side, block, start, stop) for block, start, stop, _ in side.tiles(tokens, 1 << 30)]
+        return torch.cat([kv.decode(run, side.spec, side.tables).double() for run in runs], dim=2)
+
+    @staticmethod
+    def scores(query: torch.Tensor, side: Side, tokens: int, out: torch.Tensor, rotary: Rotary | None) -> None:
+        keys = _Reference.whole(side, tokens)
+        keys = keys if rotary is None else rotary.rotate(keys, 0, tokens)
+        out[..., :tokens] = (query.double() @ keys.transpose(-1, -2)).to(out.dtype)
+
+    @staticmethod
+    def mix(weights: torch.Tensor, side: Side, tokens: int, out: torch.Tensor) -> None:
+        out += (weights[..., :tokens].double() @ _Reference.whole(side, tokens)).to(out.dtype)
+
+
+class _Int8:
+    """Uniform codes with one scale a token or a channel: integer products, the other operand in two int8 planes."""
+
+    @staticmethod
+    def scores(query: torch.Tensor, side: Side, tokens: int, out: torch.Tensor, rotary: Rotary | None) -> None:
+        batch, heads, columns, width = query.shape
+        spec, shift = side.spec, None
+        if not spec.dynamic:  # q . (s c + o) = (q s) . c + q . o
+            scale, offset = (t.view(1, heads, 1, width) for t in kv.stored_grid(spec, side.tables))
+            shift, query = (query * offset).sum(-1, keepdim=True), query * scale
+        total = query.sum(-1, keepdim=True)
+        step = (query.abs().amax(-1, keepdim=True) / 127).clamp_(min=1e-30)
+        whole = query / step
+        high = whole.round()
+        planes = torch.cat([high, ((whole - high) * 254).round_()], 2).to(torch.int8).transpose(-1, -2).contiguous()
+        for block, start, stop, at in side.tiles(tokens, _tile(query, 1)):
+            codes = scratch("kv", (batch, heads, stop - start, width), torch.uint8)
+            read_codes(block, start, stop, spec.bits, codes)
+            target = out[..., at:at + stop - start]
+            for b in range(batch):
+                for h in range(heads):
+                    found = torch._int_mm(codes[b, h], planes[b, h]).t().float()
+                    torch.add(found[:columns], found[columns:], alpha=1 / 254, out=target[b, h])
+            target *= step
+            if spec.dynamic:
+                grid = (block.extra[name][:, :, start:stop, 0].float()[:, :, None] for name in ("scale", "offset"))
+                scale, offset = grid
+                if spec.zero_point == "int":
+                    target.addcmul_(total, offset, value=-1).mul_(scale)
+                else:
+                    target.mul_(scale).addcmul_(total, offset)
+            else:
+                target += shift
+
+    @staticmethod
+    def mix(weights: torch.Tensor, side: Side, tokens: int, out: torch.Tensor) -> None:
+        batch, heads, columns, width = out.shape
+        spec = side.spec
+        for block, start, stop, at in side.tiles(tokens, _tile(out, 1)):
+            codes = scratch("kv", (batch, heads, stop - start, width), torch.uint8)
+            read_codes(block, start, stop, spec.bits, codes)
+            scale, offset = (block.extra[n][:, :, start:stop, 0].float()[:, :, None] for n in ("scale", "offset"))
+            part = weights[..., at:at + stop - start]
+            folded = part * scale
+            constant = (folded if spec.zero_point == "int" else part) * offset
+            constant = constant.sum(-1, keepdim=True)
+            if spec.bits == 8:  # the second operand is signed
+                codes.bitwise_xor_(128)
+                constant = constant + (128 if spec.zero_point == "float" else -128) * folded.sum(-1, keepdim=True)
+            step = (folded.amax(-1, keepdim=True) / 65535).clamp_(min=1e-38)
+            whole = (folded / step).round_().to(torch.int32)
+            planes = torch.cat([whole >> 8, whole & 255], 2).to(torch.uint8)
+            signed = codes.view(torch.int8)
+            for b in range(batch):
+                for h in range(heads):
+                    found = torch._int_mm(planes[b, h], signed[b, h])
+                    out[b, h] += torch.add(found[columns:], found[:columns], alpha=256) * step[b, h]
+            out += constant if spec.zero_point == "float" else -constant
+
+
+def _tile(like: torch.Tensor, itemsize: int = 4) -> int:
+    """Tokens of one tile for heads as those of ``like``."""
+    batch, heads, _, width = like.shape
+    return max(TILE_BYTES // (batch * heads * width * itemsize) // 64 * 64, 64)
+
+
+def _plain(case: dispatch.Case) -> bool:
+    return case.layout == "uniform" and case.isa in ("avx512", "amx") and case.M <= 64
+
+
+dispatch.add_rows([
+    dispatch.Row("kv", "cpu", (), dispatch.ANY_BITS, "*", _plain, "int8",
+                 "takes uniform codes with one scale a token or stored channel, read as they are, for up to 64 queries "
+                 "a head, on AVX512 or AMX"),
+    dispatch.Row("kv", "*", (), (*dispatch.ANY_BITS, 16), "*", lambda case: True, "float", ""),
+    dispatch.Row("kv", "*", (), (*dispatch.ANY_BITS, 16), "*", lambda case: True, "reference", ""),
+])
+_BACKENDS: dict[str, Any] = {"int8": _Int8, "float": _Float, "reference": _Reference}
+
+
+def backend_of(side: Side, query: torch.Tensor, tokens: int, plain: bool = True) -> str:
+    """Name of the backend that reads ``side`` for ``query`` ``[batch, heads, queries, head_dim]``."""
+    spec = side.spec
+    whole = spec.axis == "channel" or (spec.axis == "token" and spec.group_size <= 0)
+    layout = "uniform" if plain and whole and not spec.table and not spec.outliers and not spec.exact else "table"
+    wanted = dispatch.Case(
+        "kv", query.device.type, query.dtype, spec.bits, query.shape[2], tokens, query.shape[3], spec.group_size,
+        layout, isa=isa(),
+    )
+    return dispatch.choose(wanted, "attention over the cache").backend
+
+
+def attend(
+    query: torch.Tensor, key: Side, value: Side, tokens: int, *, scaling: float,
+    rotary: Rotary | None = None, mask: torch.Tensor | None = None, softcap: float | None = None,
+    recent: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sink: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Attention of ``query`` over stored tokens, then recent ones; softmax and sums in float32.
+
+    Args:
+        query: ``[batch, kv_heads, queries, head_dim]``, the query heads of one key head side by side.
+        key, value: stored tokens.
+        tokens: how many there are.
+        rotary: applied to stored keys.
+        mask: added to the scores, broadcastable to ``[batch, kv_heads, queries, tokens + recent]``; or bool, true
+            where a query attends.
+        softcap: bound of the scores.
+        recent: exact keys and values after the stored ones, ``[batch, kv_heads, n, head_dim]``.
+        sink: exact keys and values of some stored tokens, and their positions ``[batch, n]``; a position of
+            ``tokens`` or more is ignored.
+
+    Returns:
+        ``[batch, kv_heads, queries, head_dim]``, float32.
+    """
+    query = query.float()
+    batch, heads, columns, width = query.shape
+    length = tokens + (0 if recent is None else recent[0].shape[2])
+    if not length:
+        raise KernelError("attention over an empty cache")
+    scores = query.new_empty(batch, heads, columns, length)
+    if tokens:
+        _BACKENDS[backend_of(key, query, tokens, rotary is None)].scores(query, key, tokens, scores, rotary)
+    if recent is not None:
+        torch.matmul(query, recent[0].float().transpose(-1, -2), out=scores[..., tokens:])
+    at = None
+    if sink is not None:
+        at = sink[2].clamp(max=length - 1)[:, None, None].expand(batch, heads, columns, -1)
+        known = (sink[2] < tokens)[:, None, None]
+        exact = query @ sink[0].float().transpose(-1, -2)
+        scores.scatter_add_(-1, at, torch.where(known, exact - scores.gather(-1, at), 0.0))
+    scores *= scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, dim=-1).nan_to_num_(0.0)  # a query that attends to nothing gets zeros
+    out = query.new_zeros(batch, heads, columns, value_width(value, recent, width))
+    if at is not None:
+        share = torch.where(known, weights.gather(-1, at), 0.0)
+        out += share @ sink[1].float()  # type: ignore[index]
+        weights.scatter_add_(-1, at, -share)
+    if recent is not None:
+        out += weights[..., tokens:] @ recent[1].float()
+    if tokens:
+        _BACKENDS[backend_of(value, out, tokens)].mix(weights, value, tokens, out)
+    return out
+
+
+def value_width(value: Side, recent: Sequence[torch.Tensor] | None, width: int) -> int:
+    """Width of the values' heads, which may differ from that of the keys'."""
+    if value.blocks:
+        return value.blocks[0].packed.shape[-1]
+    return width if recent is None else recent[1].shape[-1]

@@ -1,0 +1,159 @@
+"""transformers' caches that store quantized keys and values.
+
+A cache is a list of layers. Where an attention module has a quantized part, the layer that a fresh cache has for it is
+replaced by one of :class:`QuantizedLayer`, whoever made the cache: ``generate``, the model, or the user.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from hfq.errors import ConfigError, QuantizationError
+from hfq.layers import attention
+from hfq.layers.attention import AttentionQuant
+from hfq.layers.kv_store import KVStore
+
+__all__ = ["QuantizedLayer", "adopt", "make", "nbytes"]
+
+
+class QuantizedLayer(CacheLayerMixin):
+    """One attention module's share of a cache. Masks are over all tokens: a sliding window is theirs to cut."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, part: AttentionQuant, max_length: int | None = None, positions: Any = None) -> None:
+        super().__init__()
+        assert part.cache is not None
+        self.part, self.store = part, KVStore(part.cache, max_length, positions)
+        self.pending = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Announces the new tokens to the attention function, which stores and reads them; returns them alone."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        attention.stored(self.store, key_states)
+        return key_states, value_states
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.store.length
+
+    def get_mask_sizes(self, query_length: Any, *args: Any) -> tuple[int, int]:
+        # Versions differ in what they pass: a number of tokens, or their places.
+        count = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.store.length + count, 0
+
+    def get_max_length(self) -> int:
+        return -1 if self.store.max_tokens is None else self.store.max_tokens
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def batch_size(self) -> int:
+        return self.store.batch
+
+    def offload(self) -> None:
+        raise QuantizationError("a quantized cache stays where the model computes: use another cache to offload")
+
+    prefetch = offload
+
+    def reset(self) -> None:
+        self.store.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length that stays."""
+        length = tokens_to_remove if tokens_to_remove > 0 else self.store.length + tokens_to_remove
+        self.store.crop(max(length, 0))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.store.change_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.store.change_rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.store.change_rows(lambda t: t[indices.to(t.device)])
+
+
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+
+
+def adopt(cache: Any, module: Any, part: AttentionQuant) -> None:
+    """Make ``cache`` store the tokens of ``module`` by ``part``; a cache that holds tokens must do so already.
+
+    Raises:
+        ConfigError: the cache holds tokens that were stored otherwise, or is of a kind that cannot be replaced.
+    """
+    cache = getattr(cache, "self_attention_cache", cache)
+    index = getattr(module, "layer_idx", None)
+    if not isinstance(index, int):
+        raise ConfigError(f"{part.label}: {type(module).__name__} does not say which layer of the cache is its own")
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if isinstance(layer, QuantizedLayer):
+        assert part.cache is not None
+        if not layer.store.quant.same_as(part.cache):
+            raise ConfigError(f"{part.label}: the cache was made with another quantization config: start a new one")
+        return
+    if type(layer) not in _PLAIN:
+        raise ConfigError(f"{part.label}: a {type(layer).__name__} cannot hold quantized keys and values: "
+                          "leave the choice of the cache to the model")
+    if layer.get_seq_length() > 0:
+        raise ConfigError(f"{part.label}: the cache holds tokens that are not quantized: start a new one")
+    longest = layer.max_cache_len if isinstance(layer, StaticLayer) else None
+    if isinstance(layer, StaticSlidingWindowLayer):  # its length is the window's; the run may be longer
+        longest = None
+    if not hasattr(cache, "hfq_positions"):
+        cache.hfq_positions = []
+    cache.layers[index] = QuantizedLayer(part, longest, cache.hfq_positions)
+
+
+def make(model: Any, max_length: int | None = None) -> Cache:
+    """A fresh cache for ``model``, quantized where its attention is; ``max_length`` allocates it at once.
+
+    Raises:
+        ConfigError: the model's attention has no quantized cache.
+    """
+    parts = {name: part for name, part in attention.parts(model).items() if part.cache is not None}
+    if not parts:
+        raise ConfigError(f"{type(model).__name__} has no quantized cache: quantize it with kv_bits or kv_cache")
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    for name, part in parts.items():
+        module = model.get_submodule(name)
+        adopt(cache, module, part)
+        cache.layers[module.layer_idx].store.max_tokens = max_length
+    return cache
+
+
+def nbytes(cache: Any) -> int:
+    """Bytes of all tensors that hold tokens in ``cache``, positions counted once."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    tensors: list[torch.Tensor] = []
+    for layer in cache.layers:
+        if isinstance(layer, QuantizedLayer):
+            tensors += layer.store.tensors()
+        elif layer.is_initialized:
+            tensors += [layer.keys, layer.values]
+    tensors += [t for p in getattr(cache, "hfq_positions", []) for block in p.blocks for t in block]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
