@@ -207,7 +207,7 @@ def _choose(case: Case, wanted: str | None) -> tuple[Row, tuple[tuple[str, str, 
         why = row.why_not(case, forced=wanted is not None)
         if not why:
             return row, tuple(passed)
-        counts = row.constraint and row.concerns(case)
+        counts = row.constraint and row.concerns(case) and not row.predicate(case)
         passed.append((row.backend, why, counts))
     what = f"backend {wanted!r} of {case.op}" if wanted else f"any backend of {case.op}"
     reasons = "; ".join(f"{name}: {why}" for name, why, _ in passed) or "it does not exist"

@@ -3,9 +3,10 @@
 from hfq.layers.embedding import QEmbedding
 from hfq.layers.experts import QExperts
 from hfq.layers.linear import QConv1D, QLinear
-from hfq.layers.online import Hadamard, StreamRotation, install_rotation
+from hfq.layers.online import ChannelScale, Hadamard, StreamRotation, install_rotation
 from hfq.layers.packed import PackedModule
 
 __all__ = [
-    "Hadamard", "PackedModule", "QConv1D", "QEmbedding", "QExperts", "QLinear", "StreamRotation", "install_rotation",
+    "ChannelScale", "Hadamard", "PackedModule", "QConv1D", "QEmbedding", "QExperts", "QLinear", "StreamRotation",
+    "install_rotation",
 ]  # fmt: skip

@@ -16,7 +16,9 @@ from torch import nn
 
 from hfq import kernels
 from hfq.errors import QuantizationError
+from hfq.formats import ActivationSpec
 from hfq.layers.deferred import Deferred
+from hfq.layers.inputs import describe_input, input_shapes
 from hfq.layers.packed import PackedModule
 from hfq.layers.slot import Slot
 
@@ -69,7 +71,10 @@ class ExpertWeight(Deferred):
 
     def product(self, x: torch.Tensor, index: int, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` times the matrix of one expert."""
-        return kernels.linear(x, self._bank.operand(self._key, index), bias)
+        bank, key = self._bank, self._key
+        if bank.activation is not None:
+            return kernels.linear_int(x, bank.operand(key, index), bias, bank.activation, *bank.input_of(key))
+        return kernels.linear(x, bank.operand(key, index), bias)
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -150,6 +155,8 @@ class QExperts(PackedModule):
         slots = self.__dict__.get("slots")
         if slots is not None and name in slots:
             if torch.compiler.is_compiling():
+                if self.activation is not None:
+                    raise QuantizationError("packed experts with quantized inputs cannot be compiled: run them eagerly")
                 return self.dequantize(name)
             return ExpertWeight.of(self, name)
         return super().__getattr__(name)
@@ -163,7 +170,7 @@ class QExperts(PackedModule):
                 "experts": slot.count, "out_features": slot.rows, "in_features": slot.columns,
                 "transposed": slot.transposed, "spec": slot.spec.to_dict(),
             } for key, slot in self.slots.items()
-        }}  # fmt: skip
+        }, "activation": describe_input(self.activation)}  # fmt: skip
 
 
 @functools.cache
@@ -220,7 +227,9 @@ def is_transposed(module: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> b
     return votes.pop()
 
 
-def pack_experts(module: nn.Module, slots: dict[str, Slot], device: Any = None) -> QExperts:
+def pack_experts(
+    module: nn.Module, slots: dict[str, Slot], device: Any = None, activation: ActivationSpec | None = None
+) -> QExperts:
     """An empty packed module in the place of ``module``, which keeps its other tensors, sub-modules and attributes."""
     first = next(iter(slots))
     parameter = module._parameters[first]
@@ -228,7 +237,7 @@ def pack_experts(module: nn.Module, slots: dict[str, Slot], device: Any = None) 
     new = _blank(type(module))
     _copy_plain(module, new, set())
     new._parameters.update({name: p for name, p in module._parameters.items() if name not in slots})
-    new._start(slots, parameter.dtype, parameter.device if device is None else device)
+    new._start(slots, parameter.dtype, parameter.device if device is None else device, activation)
     config = new.__dict__.get("config")
     if config is not None and hasattr(config, "_experts_implementation"):
         new.__dict__["config"] = _EagerConfig(config)
@@ -238,9 +247,10 @@ def pack_experts(module: nn.Module, slots: dict[str, Slot], device: Any = None) 
 def unpack_experts(module: QExperts, dtype: torch.dtype | None = None) -> nn.Module:
     """The float module again, with the dequantized weights."""
     new = module._float_class.__new__(module._float_class)
-    packed = {"slots", "compute_dtype", "label", "online", "_memory", "_runtimes", "_held"}
+    packed = {"slots", "activation", "compute_dtype", "label", "online", "_memory", "_runtimes", "_held"}
     _copy_plain(module, new, packed)
-    names = {name for slot in module.slots.values() for name in slot.names}
+    names = {name for slot in module.slots.values()
+             for name in (*slot.names, *input_shapes(module.activation, slot.prefix))}  # fmt: skip
     for key in module.slots:
         new._parameters[key] = nn.Parameter(module.dequantize(key, dtype).contiguous(), requires_grad=False)
     new._parameters.update({name: p for name, p in module._parameters.items() if name not in names})

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from hfq.errors import QuantizationError
-from hfq.formats import QuantSpec
+from hfq.formats import ActivationSpec, QuantSpec
 from hfq.layers.embedding import QEmbedding
 from hfq.layers.experts import QExperts, unpack_experts
 from hfq.layers.linear import PackedMatrix, QConv1D, QLinear
-from hfq.layers.online import Hadamard
+from hfq.layers.online import OnlinePart
 from hfq.layers.packed import PackedModule
 
 __all__ = ["empty", "kind_of", "matrix_of", "to_float"]
@@ -49,7 +49,8 @@ def matrix_of(module: nn.Module, kind: str) -> torch.Tensor:
 
 
 def empty(
-    module: nn.Module, kind: str, spec: QuantSpec, online: Hadamard | None, bias: bool, device: Any
+    module: nn.Module, kind: str, spec: QuantSpec, online: OnlinePart | None, bias: bool, device: Any,
+    activation: ActivationSpec | None = None,
 ) -> PackedModule:
     """The packed layer of a float module, its tensors empty except for a bias that is there."""
     weight = module.weight  # type: ignore[union-attr]
@@ -63,7 +64,7 @@ def empty(
         layer = QLinear if kind == "linear" else QConv1D
         new = layer(
             columns, rows, spec, bias=(present if present is not None else True) if bias else None,
-            compute_dtype=weight.dtype, online=online, device=device,  # type: ignore[arg-type]
+            compute_dtype=weight.dtype, online=online, device=device, activation=activation,  # type: ignore[arg-type]
         )
         new.float_class = type(module) if kind == "conv1d" else None
     return new.train(module.training)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from hfq import kernels
-from hfq.formats import QuantSpec
-from hfq.layers.online import Hadamard
+from hfq.formats import ActivationSpec, QuantSpec
+from hfq.layers.inputs import describe_input
+from hfq.layers.online import OnlinePart
 from hfq.layers.packed import PackedModule
 from hfq.layers.slot import Slot
 
@@ -17,7 +18,7 @@ __all__ = ["PackedMatrix", "QConv1D", "QLinear"]
 
 
 class PackedMatrix(PackedModule):
-    """``y = online(x) W^T + bias`` with a packed ``W`` ``[out_features, in_features]``.
+    """``y = Q(online(x)) W^T + bias`` with a packed ``W`` ``[out_features, in_features]``.
 
     Args:
         in_features, out_features: as of the float layer.
@@ -25,6 +26,7 @@ class PackedMatrix(PackedModule):
         bias: a tensor ``[out_features]`` (taken as it is), ``True`` for an empty one, or none.
         compute_dtype: dtype of the float weight, in which activations are expected.
         online: transform of the input; the codes are then those of the transformed weight.
+        activation: how the input is quantized before the product; default not at all.
         device: of the empty tensors.
     """
 
@@ -35,10 +37,11 @@ class PackedMatrix(PackedModule):
 
     def __init__(
         self, in_features: int, out_features: int, spec: QuantSpec, *, bias: torch.Tensor | bool | None = None,
-        compute_dtype: torch.dtype = torch.float32, online: Hadamard | None = None, device: Any = None,
+        compute_dtype: torch.dtype = torch.float32, online: OnlinePart | None = None, device: Any = None,
+        activation: ActivationSpec | None = None,
     ) -> None:
         slot = Slot(spec, out_features, in_features, transposed=self._transposed)
-        super().__init__({"weight": slot}, compute_dtype=compute_dtype, device=device)
+        super().__init__({"weight": slot}, compute_dtype=compute_dtype, device=device, activation=activation)
         self.in_features, self.out_features = in_features, out_features
         if online is not None:
             self.online = online
@@ -69,6 +72,10 @@ class PackedMatrix(PackedModule):
         """``[..., in_features]`` to ``[..., out_features]``, dtype of ``x`` (of the autocast region inside one)."""
         if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.activation is not None:
+            params, factor = self.input_of("weight")
+            operand = self.operand("weight")
+            return kernels.linear_int(x, operand, self.bias, self.activation, params, factor, before=self.online)
         if self.online is not None:
             x = self.online(x)
         return kernels.linear(x, self.operand("weight"), self.bias)
@@ -78,6 +85,7 @@ class PackedMatrix(PackedModule):
             "kind": self._kind, "in_features": self.in_features, "out_features": self.out_features,
             "bias": self.bias is not None, "spec": self.spec.to_dict(),
             "online": None if self.online is None else self.online.describe(),
+            "activation": describe_input(self.activation),
         }
 
     def extra_repr(self) -> str:

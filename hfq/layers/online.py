@@ -1,4 +1,4 @@
-"""Transforms that run inside the model: Hadamard before a product, and a rotated residual stream.
+"""Transforms that run inside the model: Hadamard and scales before a product, and a rotated residual stream.
 
 A transform in front of a packed layer is undone by the weight, which holds ``W H`` for ``x H``. A rotated stream is
 rotated by hooks at the entry of the first block and rotated back at the exit of the last one, so that embeddings, the
@@ -14,58 +14,15 @@ import torch
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
-from hfq.kernels import hadamard
+from hfq.layers.parts import ChannelScale, Hadamard, OnlinePart, mix, order, sign_vector, unmix
 
 __all__ = [
-    "Hadamard", "StreamRotation", "attach", "empty_rotation", "install_rotation", "rotations", "turn_input",
-    "turn_output",
+    "ChannelScale", "Hadamard", "OnlinePart", "StreamRotation", "attach", "empty_rotation", "install_rotation",
+    "rotations", "turn_input", "turn_output",
 ]  # fmt: skip
 
 Side = Literal["in", "out"]
 _CHILD = {"in": "hfq_rotation_in", "out": "hfq_rotation_out"}
-
-
-class Hadamard(nn.Module):
-    """``y = (x * signs) H / sqrt(n)`` on the last axis; orthogonal.
-
-    Args:
-        n: size of the last axis.
-        block: transform runs of this many elements each; default one transform over all ``n``.
-        signs: int8 ``[n]`` of +1 and -1, or ``True`` for a parameter that is filled later; default none.
-        device: of an empty sign vector.
-
-    Raises:
-        QuantizationError: ``block`` does not divide ``n``, or no Hadamard matrix of the order is known.
-    """
-
-    def __init__(
-        self, n: int, block: int | None = None, *, signs: torch.Tensor | bool | None = None, device: Any = None
-    ) -> None:
-        super().__init__()
-        self.n, self.block, self.order = n, block, _order(n, block)
-        if signs is None or signs is False:
-            self.register_parameter("signs", None)
-        else:
-            self.signs = _signs(n, signs, device)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., n]`` to the same shape and dtype."""
-        return _mix(x, self.signs, self.order)
-
-    def inverse(self, y: torch.Tensor) -> torch.Tensor:
-        """The ``x`` with ``forward(x) == y``."""
-        return _unmix(y, self.signs, self.order)
-
-    def fold(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight ``[out, n]`` whose product with ``forward(x)`` is ``x @ weight.T``."""
-        return self(weight.double()).to(weight.dtype)
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "hadamard", "size": self.n, "block": self.block, "signs": self.signs is not None}
-
-    def extra_repr(self) -> str:
-        block, signs = f", block={self.block}" if self.block else "", ", signs" if self.signs is not None else ""
-        return f"{self.n}{block}{signs}"
 
 
 class StreamRotation(nn.Module):
@@ -94,8 +51,8 @@ class StreamRotation(nn.Module):
         given = None if tensors is None else tensors[name]
         # The tensors are this module's own: hooks of an offloaded model materialise what a called module holds itself.
         if kind == "hadamard":
-            self.order = _order(size, block)
-            self.signs = _signs(size, True if given is None else given, device)
+            self.order = order(size, block)
+            self.signs = sign_vector(size, True if given is None else given, device)
         else:
             if block is not None:
                 raise QuantizationError("a dense rotation has no block")
@@ -107,7 +64,7 @@ class StreamRotation(nn.Module):
 
     def _rotate(self, x: torch.Tensor, back: bool) -> torch.Tensor:
         if self.kind == "hadamard":
-            return _unmix(x, self.signs, self.order) if back else _mix(x, self.signs, self.order)
+            return unmix(x, self.signs, self.order) if back else mix(x, self.signs, self.order)
         work = torch.promote_types(x.dtype, torch.float32)
         matrix = self.matrix.to(work)
         return (x.to(work) @ (matrix.t() if back else matrix)).to(x.dtype)
@@ -130,30 +87,6 @@ class StreamRotation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.size}, {self.kind}, {self.side}"
-
-
-def _order(n: int, block: int | None) -> int:
-    if block is not None and (block < 1 or n % block):
-        raise QuantizationError(f"a Hadamard block of {block} does not divide {n} features")
-    hadamard.decompose(block or n)
-    return block or n
-
-
-def _mix(x: torch.Tensor, signs: torch.Tensor | None, order: int) -> torch.Tensor:
-    return hadamard.transform(x if signs is None else x * signs.to(x.dtype), order)
-
-
-def _unmix(y: torch.Tensor, signs: torch.Tensor | None, order: int) -> torch.Tensor:
-    x = hadamard.transform(y, order, inverse=True)
-    return x if signs is None else x * signs.to(x.dtype)
-
-
-def _signs(n: int, signs: torch.Tensor | bool, device: Any) -> nn.Parameter:
-    if isinstance(signs, bool):
-        return nn.Parameter(torch.empty(n, dtype=torch.int8, device=device), requires_grad=False)
-    if tuple(signs.shape) != (n,) or (not signs.is_meta and not (signs.abs() == 1).all()):
-        raise QuantizationError(f"signs of shape {tuple(signs.shape)}: {n} elements, each +1 or -1, are needed")
-    return nn.Parameter(signs.detach().to(torch.int8).clone(), requires_grad=False)
 
 
 def _orthogonal(size: int, matrix: torch.Tensor | None, device: Any) -> torch.Tensor:

@@ -17,10 +17,11 @@ from torch import nn
 
 from hfq import kernels
 from hfq.errors import CheckpointError, QuantizationError
-from hfq.formats import Codes, affine, bitpack
+from hfq.formats import ActivationSpec, Codes, affine, bitpack
 from hfq.kernels import PackedWeight, Runtime
 from hfq.layers.deferred import Deferred
-from hfq.layers.online import Hadamard
+from hfq.layers.inputs import QuantizedInput, input_shapes
+from hfq.layers.online import OnlinePart
 from hfq.layers.slot import Slot, columns_of
 
 __all__ = ["Memory", "PackedModule", "check_slot"]
@@ -30,11 +31,13 @@ Memory = Literal["compact", "cached"]
 _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class PackedModule(nn.Module):
+class PackedModule(QuantizedInput, nn.Module):
     """Base of the packed layers.
 
     Attributes:
         slots: the packed matrices by the name of the float weight that they replace.
+        activation: how inputs are quantized before the product, ``None`` for not at all; static ranges and factors are
+            the parameters ``<prefix>input_scale``, ``<prefix>input_zero_point`` and ``<prefix>input_factor``.
         compute_dtype: dtype of the float weight; follows ``.to(dtype)``. Codes, scales and zero points do not.
         label: qualified name in the model, for messages only.
     """
@@ -47,14 +50,19 @@ class PackedModule(nn.Module):
     _has_runtime = True
 
     slots: dict[str, Slot]
-    online: Hadamard | None
+    online: OnlinePart | None
 
-    def __init__(self, slots: dict[str, Slot], *, compute_dtype: torch.dtype, device: Any = None) -> None:
+    def __init__(
+        self, slots: dict[str, Slot], *, compute_dtype: torch.dtype, device: Any = None,
+        activation: ActivationSpec | None = None,
+    ) -> None:
         super().__init__()
-        self._start(slots, compute_dtype, device)
+        self._start(slots, compute_dtype, device, activation)
 
-    def _start(self, slots: dict[str, Slot], compute_dtype: torch.dtype, device: Any) -> None:
-        self.slots = slots
+    def _start(
+        self, slots: dict[str, Slot], compute_dtype: torch.dtype, device: Any, activation: ActivationSpec | None
+    ) -> None:
+        self.slots, self.activation = slots, activation
         self.online = None
         self.compute_dtype = compute_dtype
         self.label = ""
@@ -66,6 +74,9 @@ class PackedModule(nn.Module):
                 self.register_parameter(name, None)
             for name, (shape, dtype) in slot.shapes.items():
                 self._put(name, torch.empty(shape, dtype=dtype, device=device))
+            for name, dtype in input_shapes(activation, slot.prefix).items():
+                self.register_parameter(name, None)
+                self._put(name, torch.empty(1, dtype=dtype, device=device))
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         with torch.inference_mode(False):
@@ -153,8 +164,8 @@ class PackedModule(nn.Module):
             weight = kernels.linear(columns, operand).t()
         else:
             weight = kernels.dequantize(operand, working)
-        if self.online is not None:  # (x H) Q^T = x (Q H^T)^T
-            weight = self.online.inverse(weight).to(dtype)
+        if self.online is not None:  # as in (x H) Q^T = x (Q H^T)^T
+            weight = self.online.unfold(weight).to(dtype)
         return weight.t() if slot.transposed else weight
 
     def weight_view(self, key: str) -> torch.Tensor:
@@ -181,7 +192,7 @@ class PackedModule(nn.Module):
             raise QuantizationError(f"{where}: the assigned weight has NaN or infinite elements")
         warnings.warn(f"{where}: the assigned weight is rounded to {slot.spec.bits} bits on its grid", stacklevel=3)
         matrix = new.float().t() if slot.transposed else new.float()
-        matrix = matrix if self.online is None else self.online(matrix)
+        matrix = matrix if self.online is None else self.online.fold(matrix)
         old = self.packed(key)[0]
         codes = affine.encode(matrix, old.scale, old.zero_point, slot.spec)
         self.set_codes(key, Codes(codes, old.scale, old.zero_point, slot.spec))
@@ -190,7 +201,8 @@ class PackedModule(nn.Module):
         """Which backend serves ``M`` rows of activations here, and why no other does; nothing without a product."""
         if not self._has_runtime:
             return []
-        return kernels.explain(self.operand(next(iter(self.slots))), M, dtype or self.compute_dtype)
+        operand, dtype = self.operand(next(iter(self.slots))), dtype or self.compute_dtype
+        return kernels.explain(operand, M, dtype, activation=self.activation)
 
     # Runtime form
 
@@ -212,7 +224,8 @@ class PackedModule(nn.Module):
         for key, slot in self.slots.items():
             name = slot.names[0]
             with torch.inference_mode(False), torch.no_grad():  # what is made here may serve a backward pass later
-                runtimes = [kernels.prepare(one, dtype=self.compute_dtype, memory=memory) for one in self.packed(key)]
+                options: dict[str, Any] = {"memory": memory, "activation": self.activation}
+                runtimes = [kernels.prepare(one, dtype=self.compute_dtype, **options) for one in self.packed(key)]
             parameter = self._parameters[name]
             assert parameter is not None
             start = parameter.untyped_storage().data_ptr()
@@ -247,7 +260,9 @@ class PackedModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedModule:
         """Move everything; cast what is a float weight's companion (bias) and never codes, scales or zero points."""
         self.restore()
-        kept = {name: self._parameters.pop(name) for slot in self.slots.values() for name in slot.names}
+        names = [name for slot in self.slots.values()
+                 for name in (*slot.names, *input_shapes(self.activation, slot.prefix))]  # fmt: skip
+        kept = {name: self._parameters.pop(name) for name in names}
         try:
             super()._apply(fn, recurse)
         finally:
@@ -299,6 +314,7 @@ class PackedModule(nn.Module):
 
         several = len(self.slots) > 1
         parts = [f"{key}: {text(slot)}" if several or slot.count else text(slot) for key, slot in self.slots.items()]
+        parts[-1] += "" if self.activation is None else f", {self.activation.bits}-bit inputs"
         return "; ".join(parts) + f", {str(self.compute_dtype).removeprefix('torch.')}"
 
 

@@ -12,8 +12,8 @@ from hfq.layers import attached, attention, integer_build
 from hfq.layers import manifest as record
 from hfq.layers import online as streams
 from hfq.layers.experts import pack_experts
+from hfq.layers.inputs import activation_of, online_of
 from hfq.layers.kinds import empty, kind_of, matrix_of
-from hfq.layers.online import Hadamard
 from hfq.layers.packed import PackedModule
 from hfq.layers.slot import Slot
 
@@ -61,7 +61,7 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
             continue
         module = model.get_submodule(place)
         if isinstance(module, PackedModule):
-            if module.describe() != dict(entry):
+            if module.describe() != {"activation": None, **entry} and module.describe() != dict(entry):
                 raise CheckpointError(f"{name} is packed already, and otherwise than the manifest says")
             continue
         todo.append((place, _builder(name, module, entry)))
@@ -128,7 +128,8 @@ def _builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable
         raise CheckpointError(f"{name}: {error}") from error
     if actual != kind:
         raise CheckpointError(f"{name}: the manifest says {kind}, the model has {type(module).__name__}")
-    record.fields(name, entry, {"kind", "in_features", "out_features", "bias", "spec", "online"})
+    later = {"activation"} & set(entry)  # entries from before there were activation formats have none
+    record.fields(name, entry, {"kind", "in_features", "out_features", "bias", "spec", "online", *later})
     rows, columns = matrix_of(module, kind).shape
     record.size(name, entry, "out_features", rows)
     record.size(name, entry, "in_features", columns)
@@ -136,25 +137,14 @@ def _builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable
     bias, transform, device = entry["bias"], entry["online"], module.weight.device  # type: ignore[union-attr]
     if not isinstance(bias, bool) or (kind == "embedding" and (bias or transform is not None)):
         raise CheckpointError(f"{name}: bias={bias!r}, online={transform!r} in the manifest")
-    online = None if transform is None else _online(name, transform, columns, device)
-    return lambda: empty(module, kind, spec, online, bias, device)
-
-
-def _online(name: str, entry: Any, columns: int, device: Any) -> Hadamard:
-    record.fields(f"{name}.online", entry, {"kind", "size", "block", "signs"})
-    record.size(f"{name}.online", entry, "size", columns)
-    block, signs = entry["block"], entry["signs"]
-    whole = block is None or (isinstance(block, int) and not isinstance(block, bool))
-    if entry["kind"] != "hadamard" or not isinstance(signs, bool) or not whole:
-        raise CheckpointError(f"{name}: unknown online transform {dict(entry)} in the manifest")
-    try:
-        return Hadamard(columns, block, signs=signs, device=device)
-    except QuantizationError as error:
-        raise CheckpointError(f"{name}: {error}") from error
+    online, activation = online_of(name, transform, columns, device), activation_of(name, entry)
+    if kind == "embedding" and activation is not None:
+        raise CheckpointError(f"{name}: an embedding has no inputs to quantize; the manifest says {dict(entry)}")
+    return lambda: empty(module, kind, spec, online, bias, device, activation)
 
 
 def _experts_builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    record.fields(name, entry, {"kind", "params"})
+    record.fields(name, entry, {"kind", "params", *({"activation"} & set(entry))})
     if not isinstance(entry["params"], Mapping) or not entry["params"]:
         raise CheckpointError(f"{name}: the manifest lists no expert weights")
     slots = {}
@@ -171,4 +161,5 @@ def _experts_builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> 
         slots[parameter] = Slot(
             record.spec_of(where, part), rows, columns, weight.shape[0], f"{parameter}_", part["transposed"]
         )
-    return lambda: pack_experts(module, slots)
+    activation = activation_of(name, entry)
+    return lambda: pack_experts(module, slots, activation=activation)

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
-from hfq.formats import Codes, affine
+from hfq.formats import ActivationSpec, Codes, affine
+from hfq.formats.activation import Parameters
 from hfq.layers.attached import AttachedPart
 from hfq.layers.deferred import Deferred
 from hfq.layers.experts import is_transposed, pack_experts
+from hfq.layers.inputs import check_input, input_shapes, join
 from hfq.layers.integer import IntegerModule
 from hfq.layers.integer_build import check as check_integer
 from hfq.layers.kinds import empty, kind_of, matrix_of, to_float
-from hfq.layers.online import Hadamard, StreamRotation
+from hfq.layers.online import ChannelScale, OnlinePart, StreamRotation
 from hfq.layers.packed import Memory, PackedModule, check_slot
 from hfq.layers.rebuild import build_empty, describe, packed_modules
 from hfq.layers.slot import Slot
@@ -32,7 +34,9 @@ _TRIM_EVERY = 1 << 20  # bytes of prepared layers; preparing leaves six times as
 
 
 def swap(
-    model: nn.Module, name: str, codes: Codes, report: Report | None = None, *, online: Hadamard | None = None,
+    model: nn.Module, name: str, codes: Codes, report: Report | None = None, *,
+    online: OnlinePart | Sequence[OnlinePart] | None = None, activation: ActivationSpec | None = None,
+    activation_params: Parameters | None = None, activation_factor: torch.Tensor | None = None,
     asked: Mapping[str, Any] | None = None, tokens: int | None = None, reason: str = "",
     extra: Mapping[str, Any] | None = None, folded: bool = False,
 ) -> PackedModule:
@@ -40,7 +44,9 @@ def swap(
 
     Args:
         codes: of the weight as ``[out, in]``; with ``online``, of ``online.fold(weight)``.
-        online: transform of the layer's input.
+        online: transform of the layer's input, or several, the first one first.
+        activation: how the input is quantized before the product.
+        activation_params, activation_factor: ``(scale, zero_point)`` of a static format; the factor of one that has it.
         asked: what the config asked for; default the grid.
         tokens, reason, extra: for the row.
         folded: the weight of the float module has ``online`` folded in already.
@@ -59,12 +65,16 @@ def swap(
     weight = matrix_of(module, kind)
     if tuple(codes.shape) != tuple(weight.shape):
         raise QuantizationError(f"{name}: codes of {tuple(codes.shape)} for a weight of {tuple(weight.shape)}")
+    online = join(online)
+    if activation is not None and kind == "embedding":
+        raise QuantizationError(f"{name}: an embedding has no inputs to quantize")
     if online is not None and (kind == "embedding" or online.n != weight.shape[1]):
         raise QuantizationError(f"{name}: a transform of {online.n} features does not fit {kind} {tuple(weight.shape)}")
     device = codes.codes.device if weight.is_meta else weight.device
-    new = empty(module, kind, codes.spec, online, getattr(module, "bias", None) is not None, "meta")
+    new = empty(module, kind, codes.spec, online, getattr(module, "bias", None) is not None, "meta", activation)
     new.label = name
     new.set_codes("weight", codes, device)
+    new.set_input("weight", activation_params, activation_factor)
     if online is not None:
         online.to(device)
     distance = None if weight.is_meta else _relative_error([(weight, codes)], None if folded else online)
@@ -75,9 +85,11 @@ def swap(
         bits = codes.bits_per_weight()
         if online is not None:
             bits += 8 * sum(p.nbytes for p in online.parameters()) / codes.codes.numel()
+        bits += 8 * sum(dtype.itemsize for dtype in input_shapes(activation).values()) / codes.codes.numel()
         report.add(Row(
-            name, kind=kind, reason=reason, asked=dict(asked or codes.spec.to_dict()), bits=bits,
-            numel=codes.codes.numel(), error=distance, tokens=tokens, kernel=kernel_of(new), extra=dict(extra or {}),
+            name, kind=kind, reason=reason, asked=_asked(asked or codes.spec.to_dict(), activation), bits=bits,
+            numel=codes.codes.numel(), error=distance, tokens=tokens, kernel=kernel_of(new),
+            extra=_extra(extra, activation),
         ))  # fmt: skip
     return new
 
@@ -85,14 +97,17 @@ def swap(
 def swap_experts(
     model: nn.Module, name: str, codes: Mapping[str, Sequence[Codes]], report: Report | None = None, *,
     transposed: bool | None = None, asked: Mapping[str, Any] | None = None, tokens: int | None = None, reason: str = "",
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None, activation: ActivationSpec | None = None,
+    activation_params: Mapping[str, Parameters] | None = None,
+    activation_factors: Mapping[str, torch.Tensor] | None = None,
 ) -> PackedModule:
     """Replace a bank of experts by its packed form and add a report row.
 
     Args:
         codes: for each 3-D parameter one set of codes an expert, of its weight as ``[out, in]``.
         transposed: the float weights are ``[E, in, out]``; default: from the shapes, or what the module says.
-        asked, tokens, reason, extra: as in :func:`swap`.
+        asked, tokens, reason, extra, activation: as in :func:`swap`.
+        activation_params, activation_factors: those of :func:`swap`, for each parameter.
     """
     module = _find(model, name)
     if isinstance(module, PackedModule):
@@ -116,20 +131,31 @@ def swap_experts(
             float_weights = weight.detach().transpose(1, 2) if turned else weight.detach()
             pairs += list(zip(float_weights, several, strict=True))
     device = next(iter(codes.values()))[0].codes.device if not pairs else pairs[0][0].device
-    new = pack_experts(module, slots, "meta")
+    new = pack_experts(module, slots, "meta", activation)
     new.label = name
     for parameter, several in codes.items():
         new.set_codes(parameter, list(several), device)
+        new.set_input(parameter, (activation_params or {}).get(parameter), (activation_factors or {}).get(parameter))
     model.set_submodule(name, new)
     if report is not None:
         numel = sum(c.codes.numel() for several in codes.values() for c in several)
         stored = sum(c.bits_per_weight() * c.codes.numel() for several in codes.values() for c in several)
         report.add(Row(
-            name, kind="experts", reason=reason, asked=dict(asked or next(iter(slots.values())).spec.to_dict()),
+            name, kind="experts", reason=reason,
+            asked=_asked(asked or next(iter(slots.values())).spec.to_dict(), activation),
             bits=stored / numel, numel=numel, error=_relative_error(pairs) if pairs else None, tokens=tokens,
-            kernel=kernel_of(new), extra=dict(extra or {}),
+            kernel=kernel_of(new), extra=_extra(extra, activation),
         ))  # fmt: skip
     return new
+
+
+def _asked(asked: Mapping[str, Any], activation: ActivationSpec | None) -> dict[str, Any]:
+    return dict(asked) if activation is None else {"activation_bits": activation.bits, **asked}
+
+
+def _extra(extra: Mapping[str, Any] | None, activation: ActivationSpec | None) -> dict[str, Any]:
+    found = dict(extra or {})
+    return found if activation is None else {"activation": activation.to_dict(), **found}
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:
@@ -143,9 +169,9 @@ def _find(model: nn.Module, name: str) -> nn.Module:
 
 
 def _relative_error(
-    pairs: Sequence[tuple[torch.Tensor, Codes]], online: Hadamard | None = None, rows: int = 1024
+    pairs: Sequence[tuple[torch.Tensor, Codes]], online: OnlinePart | None = None, rows: int = 1024
 ) -> float:
-    """``||W - Q|| / ||W||`` over all matrices, some rows at a time; an orthogonal transform does not change it."""
+    """``||W - Q|| / ||W||`` over all matrices, some rows at a time, of the weights as the codes hold them."""
     wrong = total = 0.0
     for weight, codes in pairs:
         for i in range(0, weight.shape[0], rows):
@@ -153,7 +179,7 @@ def _relative_error(
             grid = [t if t is None or t.shape[0] == 1 else t[part] for t in (codes.scale, codes.zero_point)]
             decoded = affine.decode(codes.codes[part], grid[0], grid[1], codes.spec)  # type: ignore[arg-type]
             w = weight[part].to(decoded.device, torch.float32)
-            w = w if online is None else online(w)
+            w = w if online is None else online.fold(w)
             wrong += float((w - decoded).double().square().sum())
             total += float(w.double().square().sum())
     return (wrong / total) ** 0.5 if total else wrong**0.5
@@ -182,7 +208,7 @@ def prepare(model: nn.Module, memory: Memory = "compact") -> list[str]:
 def freeze(model: nn.Module) -> None:
     """No tensor of a packed layer or of a rotation needs a gradient (loaders make floating tensors trainable)."""
     for module in model.modules():
-        if isinstance(module, (PackedModule, StreamRotation, Hadamard, AttachedPart, IntegerModule)):
+        if isinstance(module, (PackedModule, StreamRotation, OnlinePart, AttachedPart, IntegerModule)):
             for parameter in module.parameters(recurse=False):
                 if not isinstance(parameter, Deferred):
                     parameter.requires_grad_(False)
@@ -198,8 +224,16 @@ def check_codes(module: PackedModule) -> None:
     bias = module._parameters.get("bias")
     if bias is not None and not bias.is_meta and not torch.isfinite(bias).all():
         raise CheckpointError(f"{module.label}.bias has elements that are not finite")
+    if module.activation is not None:
+        for slot in module.slots.values():
+            check_input(module, module.activation, slot.prefix, module.label, CheckpointError)
     if module.online is not None:
-        _check_signs(module.online, f"{module.label}.online")
+        for name, part in module.online.named_modules():
+            where = f"{module.label}.online" + (f".{name}" if name else "")
+            _check_signs(part, where)
+            vector = part.vector if isinstance(part, ChannelScale) and not part.vector.is_meta else None
+            if vector is not None and not (torch.isfinite(vector) & (vector > 0)).all():
+                raise CheckpointError(f"{where}.vector has elements that are not finite or not above zero")
 
 
 def _check_signs(module: nn.Module, where: str) -> None:
