@@ -22,7 +22,7 @@ from hfq.kernels.workspace import scratch
 
 __all__ = ["Block", "Rotary", "Side", "attend", "read", "write"]
 
-TILE_BYTES = 1 << 20  # of one unpacked tile: what a core keeps near itself
+TILE_BYTES = 1 << 21  # of one unpacked tile: what a core keeps near itself
 
 
 class Rotary(Protocol):
@@ -216,55 +216,67 @@ class _Int8:
         whole = query / step
         high = whole.round()
         planes = torch.cat([high, ((whole - high) * 254).round_()], 2).to(torch.int8).transpose(-1, -2).contiguous()
+        # One small product puts the two planes together, and turns tokens into columns.
+        joined = torch.cat([torch.diag_embed(step[..., 0]), torch.diag_embed(step[..., 0] / 254)], -1)
         for block, start, stop, at in side.tiles(tokens, _tile(query, 1)):
             codes = scratch("kv", (batch, heads, stop - start, width), torch.uint8)
             read_codes(block, start, stop, spec.bits, codes)
-            target = out[..., at:at + stop - start]
-            for b in range(batch):
-                for h in range(heads):
-                    found = torch._int_mm(codes[b, h], planes[b, h]).t().float()
-                    torch.add(found[:columns], found[columns:], alpha=1 / 254, out=target[b, h])
-            target *= step
-            if spec.dynamic:
-                grid = (block.extra[name][:, :, start:stop, 0].float()[:, :, None] for name in ("scale", "offset"))
-                scale, offset = grid
-                if spec.zero_point == "int":
-                    target.addcmul_(total, offset, value=-1).mul_(scale)
-                else:
-                    target.mul_(scale).addcmul_(total, offset)
+            found = scratch("kv_found", (batch, heads, stop - start, 2 * columns), torch.int32)
+            for left, right, to in zip(*(t.flatten(0, 1) for t in (codes, planes, found)), strict=True):
+                torch._int_mm(left, right, out=to)
+            target = joined @ found.float().transpose(-1, -2)
+            if not spec.dynamic:
+                torch.add(target, shift, out=out[..., at:at + stop - start])  # type: ignore[arg-type]
+                continue
+            scale, offset = _token_grid(block, start, stop)
+            if spec.zero_point == "int":
+                target.addcmul_(total, offset, value=-1)
+                torch.mul(target, scale, out=out[..., at:at + stop - start])
             else:
-                target += shift
+                torch.addcmul(target.mul_(scale), total, offset, out=out[..., at:at + stop - start])
 
     @staticmethod
     def mix(weights: torch.Tensor, side: Side, tokens: int, out: torch.Tensor) -> None:
         batch, heads, columns, width = out.shape
         spec = side.spec
+        half = torch.full((), 0.5)
         for block, start, stop, at in side.tiles(tokens, _tile(out, 1)):
             codes = scratch("kv", (batch, heads, stop - start, width), torch.uint8)
             read_codes(block, start, stop, spec.bits, codes)
-            scale, offset = (block.extra[n][:, :, start:stop, 0].float()[:, :, None] for n in ("scale", "offset"))
+            scale, offset = _token_grid(block, start, stop)
             part = weights[..., at:at + stop - start]
             folded = part * scale
-            constant = (folded if spec.zero_point == "int" else part) * offset
-            constant = constant.sum(-1, keepdim=True)
+            if spec.zero_point == "int":
+                constant = -(folded @ offset.transpose(-1, -2))
+            else:
+                constant = part @ offset.transpose(-1, -2)
             if spec.bits == 8:  # the second operand is signed
                 codes.bitwise_xor_(128)
-                constant = constant + (128 if spec.zero_point == "float" else -128) * folded.sum(-1, keepdim=True)
+                constant += 128 * folded.sum(-1, keepdim=True)
             step = (folded.amax(-1, keepdim=True) / 65535).clamp_(min=1e-38)
-            whole = (folded / step).round_().to(torch.int32)
-            planes = torch.cat([whole >> 8, whole & 255], 2).to(torch.uint8)
-            signed = codes.view(torch.int8)
-            for b in range(batch):
-                for h in range(heads):
-                    found = torch._int_mm(planes[b, h], signed[b, h])
-                    out[b, h] += torch.add(found[columns:], found[:columns], alpha=256) * step[b, h]
-            out += constant if spec.zero_point == "float" else -constant
+            whole = torch.addcmul(half, folded, 1 / step).to(torch.int32)
+            planes = scratch("kv_planes", (batch, heads, 2, columns, stop - start), torch.uint8)
+            planes[:, :, 1].copy_(whole)  # keeps the low byte
+            planes[:, :, 0].copy_(whole.bitwise_right_shift_(8))
+            found = scratch("kv_found", (batch, heads, 2, columns, width), torch.int32)
+            left = planes.view(batch * heads, 2 * columns, -1)
+            for a, b, to in zip(left, codes.view(torch.int8).flatten(0, 1), found.view(-1, 2 * columns, width),
+                                strict=True):
+                torch._int_mm(a, b, out=to)
+            total = torch.add(found[:, :, 1].float(), found[:, :, 0], alpha=256)
+            out += torch.addcmul(constant, total, step)
+
+
+def _token_grid(block: Block, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset of tokens, float32 ``[batch, rows, 1, tokens]``."""
+    scale, offset = (block.extra[name][:, :, start:stop, 0].float()[:, :, None] for name in ("scale", "offset"))
+    return scale, offset
 
 
 def _tile(like: torch.Tensor, itemsize: int = 4) -> int:
     """Tokens of one tile for heads as those of ``like``."""
     batch, heads, _, width = like.shape
-    return max(TILE_BYTES // (batch * heads * width * itemsize) // 64 * 64, 64)
+    return max((TILE_BYTES if itemsize == 1 else TILE_BYTES // 2) // (batch * heads * width * itemsize) // 64 * 64, 64)
 
 
 def _plain(case: dispatch.Case) -> bool:
@@ -316,7 +328,7 @@ def attend(
     Returns:
         ``[batch, kv_heads, queries, head_dim]``, float32.
     """
-    query = query.float()
+    query = query.float() * scaling
     batch, heads, columns, width = query.shape
     length = tokens + (0 if recent is None else recent[0].shape[2])
     if not length:
@@ -332,12 +344,13 @@ def attend(
         known = (sink[2] < tokens)[:, None, None]
         exact = query @ sink[0].float().transpose(-1, -2)
         scores.scatter_add_(-1, at, torch.where(known, exact - scores.gather(-1, at), 0.0))
-    scores *= scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, dim=-1).nan_to_num_(0.0)  # a query that attends to nothing gets zeros
+    weights = torch.softmax(scores, dim=-1)
+    if mask is not None:
+        weights.nan_to_num_(0.0)  # a query that attends to nothing gets zeros
     out = query.new_zeros(batch, heads, columns, value_width(value, recent, width))
     if at is not None:
         share = torch.where(known, weights.gather(-1, at), 0.0)
