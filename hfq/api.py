@@ -108,7 +108,7 @@ def quantize(model: nn.Module, config: HfqConfig, data: Any = None) -> Report:
         "seconds": round(time.perf_counter() - started, 3),
         "peak_memory_bytes": memory.peak,
         "bits_per_weight": report.bits_per_weight(),
-        "packed_bytes": round(sum(row.bits * row.numel for row in report.packed if row.bits) / 8),
+        "packed_bytes": round(report.stored_bits() / 8),
         "seed": config.seed,
         "data": getattr(batches, "descriptor", None),
         "versions": _versions(),

@@ -17,7 +17,8 @@ class Row:
     Attributes:
         module: qualified name in the model.
         kind: site kind ("linear", "embedding", "experts", ...).
-        status: "packed" (holds codes), "float" (left alone on purpose) or "refused" (asked for, not done).
+        status: "packed" (holds codes), "float" (left alone on purpose), "refused" (asked for, not done) or "attached"
+            (a float part that the method added; its bits count).
         reason: why a module is not packed, or packed differently than asked; empty otherwise.
         asked: what the config asked for this module (bits, group_size, ...).
         bits: stored bits per weight with all metadata.
@@ -79,14 +80,22 @@ class Report:
         return [row for row in self.rows.values() if row.status == "packed"]
 
     @property
+    def attached(self) -> list[Row]:
+        """Float parts that were added; ``bits`` and ``numel`` are of the part."""
+        return [row for row in self.rows.values() if row.status == "attached"]
+
+    @property
     def refused(self) -> list[Row]:
         return [row for row in self.rows.values() if row.status == "refused"]
 
     def bits_per_weight(self) -> float | None:
-        """Mean stored bits of the packed weights, metadata included; ``None`` if nothing is packed."""
-        rows = [row for row in self.packed if row.bits is not None and row.numel]
-        total = sum(row.numel for row in rows)
-        return sum(row.bits * row.numel for row in rows if row.bits is not None) / total if total else None
+        """Mean stored bits of the packed weights, with metadata and attached parts; ``None`` if nothing is packed."""
+        total = sum(row.numel for row in self.packed if row.bits is not None and row.numel)
+        return self.stored_bits() / total if total else None
+
+    def stored_bits(self) -> float:
+        """Bits that the packed weights and the attached parts take together."""
+        return sum(row.bits * row.numel for row in (*self.packed, *self.attached) if row.bits is not None)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows.values())

@@ -56,8 +56,9 @@ class OutputAffine(AttachedPart):
     Args:
         size: of the last axis.
         matrix: ``[size, size]``, or ``True`` for an empty one that is filled later.
-        shift: ``[size]``, or ``True``.
-        dtype, device: of the empty ones.
+        shift: ``[size]``, or ``True``; kept in float32.
+        dtype: of an empty matrix.
+        device: of the empty ones.
     """
 
     def __init__(
@@ -67,12 +68,13 @@ class OutputAffine(AttachedPart):
         super().__init__()
         self.size = size
         for name, given, shape in (("matrix", matrix, (size, size)), ("shift", shift, (size,))):
+            kept = dtype if name == "matrix" else torch.float32
             if isinstance(given, bool):
-                self._put(name, torch.empty(shape, dtype=dtype, device=device) if given else None)
+                self._put(name, torch.empty(shape, dtype=kept, device=device) if given else None)
             elif tuple(given.shape) != shape:
                 raise QuantizationError(f"{name} of {tuple(given.shape)} at an output of {size}: {shape} is needed")
             else:
-                self._put(name, given.detach().contiguous())
+                self._put(name, given.detach().to(given.dtype if name == "matrix" else kept).contiguous())
         if self.matrix is None and self.shift is None:
             raise QuantizationError("an affine map without matrix and shift is none")
 
@@ -83,7 +85,7 @@ class OutputAffine(AttachedPart):
         return x if self.matrix is None else x @ self.matrix.to(x.dtype)
 
     def describe(self) -> dict[str, Any]:
-        dtype = next(self.parameters()).dtype
+        dtype = torch.float32 if self.matrix is None else self.matrix.dtype
         return {"kind": "affine", "size": self.size, "matrix": self.matrix is not None, "shift": self.shift is not None,
                 "dtype": str(dtype).removeprefix("torch.")}
 

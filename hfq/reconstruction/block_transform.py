@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from hfq.errors import ConfigError, QuantizationError
+from hfq.errors import QuantizationError
 from hfq.formats import Codes, QuantSpec
 from hfq.graph.absorb import Matrix, Norm
 from hfq.graph.links import Link, Pair
@@ -18,54 +18,10 @@ from hfq.layers import attached
 from hfq.layers.attached import OutputAffine, ScaledSiLU
 from hfq.reconstruction import build
 from hfq.reconstruction.maps import MatrixMap, PairMap, State
+from hfq.reconstruction.options import Options
 from hfq.rounding.clipping import ClippedRounding
 
 __all__ = ["BlockTransform", "Member", "Options"]
-
-Place = Literal["matrix", "vector", "off"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is learned in a block.
-
-    Attributes:
-        norm: after norms: "matrix" (a full matrix that runs online), "vector" (merged into the gain), "off".
-        value: values → output projection: "matrix" a head, "vector", "off".
-        query: queries ↔ keys: "matrix", "vector", "off".
-        rotary: "safe" keeps the function under rotary embeddings (2 x 2 blocks that commute, one value a pair); "free"
-            ignores them: what is learned is then no equivalent of the model.
-        product: up → down and other matrix → matrix pairs: "vector" or "off".
-        gate: up ↔ gate through the activation: "vector" or "off".
-        shift: also learn a shift of what norms and values give.
-        start_shift: where shifts start: "middle" of the range for norms with a bias, zero for others; or "zero".
-        alpha: exponent of the starting scales; ``None`` starts them at one.
-        heads: how channels of heads that share keys and values are joined for the start: "max", "mean" or "first".
-        factor: damping of entries off the diagonal (the stability factor).
-        clip: learn the range of every weight group, from ``sigmoid(clip_start)``.
-        stored: dtype in which an online matrix is stored.
-    """
-
-    norm: Place = "vector"
-    value: Place = "matrix"
-    query: Place = "off"
-    rotary: Literal["safe", "free"] = "safe"
-    product: Place = "off"
-    gate: Place = "off"
-    shift: bool = True
-    start_shift: Literal["middle", "zero"] = "middle"
-    alpha: float | None = 0.5
-    heads: Literal["max", "mean", "first"] = "max"
-    factor: float = 1e-2
-    clip: bool = True
-    clip_start: float = 4.0
-    stored: torch.dtype = torch.float16
-
-    def __post_init__(self) -> None:
-        for name in ("product", "gate"):
-            if getattr(self, name) == "matrix":
-                raise ConfigError(f"{name}='matrix': an elementwise function lies between, only scales pass it")
-
 
 @dataclass(eq=False)
 class Member:
@@ -121,6 +77,7 @@ class BlockTransform(nn.Module):
         self.quantizers = nn.ModuleDict()
         self._sites: list[str] = []
         self._last: dict[nn.Module, State] = {}
+        self._biases: list[str] = []
         self._replaced: dict[str, nn.Module] = {}
         found = build.maps(step, pairs, options, self.reasons, spec_for)
         self.maps: nn.ModuleList = nn.ModuleList(found)
@@ -188,6 +145,7 @@ class BlockTransform(nn.Module):
         zeros = torch.zeros(weight.shape[member.matrix.output_axis], dtype=weight.dtype, device=weight.device)
         member.matrix.module.bias = nn.Parameter(zeros, requires_grad=False)
         member.matrix.bias = "bias"
+        self._biases.append(member.matrix.name)
         member.bias, member.bias_path = zeros.float(), f"{member.path.rpartition('.')[0]}.bias"
 
     def _below(self, name: str) -> str:
@@ -301,6 +259,14 @@ class BlockTransform(nn.Module):
             if isinstance(part, OutputAffine) and part.matrix is not None:
                 part.matrix = nn.Parameter(part.matrix.detach().to(self.options.stored), requires_grad=False)
         return codes
+
+    def added(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that the block did not have before, by the name of what holds them."""
+        parts = {f"{self.block.name}.{name}": list(module.parameters(recurse=False))
+                 for name, module in self.block.module.named_modules() if isinstance(module, attached.AttachedPart)}
+        modules = dict(self.block.module.named_modules())
+        biases = {f"{name}.bias": [modules[self._below(name)].bias] for name in self._biases}
+        return {**parts, **biases}
 
     # -- training ----------------------------------------------------------------------------------------------------
     def open(self, epoch: int, epochs: int) -> None:

@@ -24,13 +24,14 @@ from hfq.reconstruction.maps import (
     rotary_places,
     untied,
 )
+from hfq.reconstruction.options import Options
 from hfq.reconstruction.samples import Samples
 from hfq.reconstruction.statistics import InputStatistics, input_statistics
 from hfq.transforms.affine import LEAST, Diagonal, MaskedMatrix, RotaryBlocks
 from hfq.transforms.scale import classes_of, column_maxima, smoothing
 
 if TYPE_CHECKING:
-    from hfq.reconstruction.block_transform import BlockTransform, Options
+    from hfq.reconstruction.block_transform import BlockTransform
 
 __all__ = ["maps", "prove"]
 

@@ -40,6 +40,8 @@ ROWS = {
     for row in (
         Row("rtn"),
         Row("gptq"),
+        Row("affinequant", {"epochs": 2, "batch_size": 4, "ln_matrix": False, "shift": False},
+            {"epochs": 4, "batch_size": 4, "ln_matrix": False, "shift": False}),
         Row("rsq", {"symmetric": False}, {"symmetric": False, "r_min": 0.1}),
         Row("flexround", {"steps": 6, "lr": 5e-3, "batch_size": 4}, {"steps": 40, "lr": 5e-3, "batch_size": 8}),
         Row("layerwise_quant", {"target_bits": 3.0, "backend": {"method": "rtn"}},
@@ -126,7 +128,10 @@ def test_skip_patterns_and_overrides(slug: str) -> None:
 
 @pytest.mark.parametrize("slug", ROWS)
 def test_wrong_options_are_named(slug: str) -> None:
+    supported = [name for name in ("activation_bits", "kv_bits") if getattr(config_of(slug), f"supports_{name}")]
     for wrong in ({"bitz": 4}, {"bits": 9}, {"bits": "4"}, {"group_size": -2}, {"activation_bits": 8}, {"kv_bits": 4}):
+        if next(iter(wrong)) in supported:
+            wrong = {next(iter(wrong)): 9}
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             config_of(slug, **wrong)
     with pytest.raises(ConfigError, match="group_size=4096 fits no layer"):
