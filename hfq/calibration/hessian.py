@@ -154,13 +154,14 @@ class _Collector:
             with torch.no_grad(), self.step._counting(i):
                 self.step.block.module(*args, **kwargs)
         except Stop:
-            pass
+            for name, leader in self.leader.items():
+                self.step.count_alike(name, leader, i)
         if self.pending:
             self._lead()
         if i == 0 and early and len(self.calls) == len(self.sites):
-            # A later pass ends as soon as every site was called as often as now. Not if one was not called at all:
-            # where tokens choose their experts, each pass calls others.
-            self.usual = self.calls
+            # A later pass ends as soon as every sum has what it had now. Not if a site was not called at all: where
+            # tokens choose their experts, each pass calls others.
+            self.usual = Counter({name: n for name, n in self.calls.items() if self.leader[name] == name})
 
     def _hook(self, site: Any) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:

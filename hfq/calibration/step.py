@@ -12,6 +12,7 @@ from torch import nn
 from hfq.calibration import ranks
 from hfq.calibration.cache import ActivationCache, Store, TensorList, leaves
 from hfq.calibration.capture import device_of, first_tensor, to_device
+from hfq.calibration.settled import Settled
 from hfq.errors import DataError, QuantizationError
 from hfq.layers import swap as layer_swap
 from hfq.report import Report
@@ -105,7 +106,12 @@ class Step:
         self._batch_index = list(range(len(inputs))) if batch_index is None else list(batch_index)
         self._counted: set[tuple[str, int]] = set()
         self._local: dict[str, torch.Tensor] = {}
+        self._seen: dict[tuple[str, int], torch.Tensor] = {}
         self._owned: list[Any] = []
+        self._now: tuple[int, int] | None = None  # the running call of the block, and the number of the pass
+        self._passes = 0
+        self._swapped: set[str] = set()
+        self._settled = Settled(block, self._store, lambda: self._now)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -179,8 +185,13 @@ class Step:
 
     def _replaced(self, site: Any, new: nn.Module) -> nn.Module:
         self.changed = True
+        self._swapped.add(site.name)
         site.module = new
         return new
+
+    def settle(self) -> None:
+        """Say that what was swapped, and all that comes before it in the block, stays as it is: outputs may be kept."""
+        self._settled.update(self._swapped)
 
     def _site(self, site: Any) -> Any:
         if not isinstance(site, str):
@@ -231,6 +242,8 @@ class Step:
         handles = []
         due = [] if i is None else [site for site in self.block.sites if (site.name, i) not in self._counted]
         fresh: set[str] = set()
+        self._passes += 1
+        self._now = None if i is None else (i, self._passes)
         try:
             for site in due:
 
@@ -241,6 +254,7 @@ class Step:
                 handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
             yield
         finally:
+            self._now = None
             for handle in handles:
                 handle.remove()
             self._counted |= {(name, i or 0) for name in fresh}
@@ -268,6 +282,13 @@ class Step:
             width = 1 if site.kind == "embedding" else x.shape[1] if site.kind == "conv" else x.shape[-1]
             seen = torch.tensor([x.numel() // max(width, 1) if weights is None else int(weights.sum())])
         self._local[site.name] = self._local.get(site.name, torch.zeros_like(seen)) + seen
+        self._seen[site.name, i] = self._seen.get((site.name, i), torch.zeros_like(seen)) + seen
+
+    def count_alike(self, name: str, like: str, i: int) -> None:
+        """Site ``name`` was not reached in call ``i``; it reads the rows that site ``like`` has read."""
+        if (name, i) not in self._counted and (seen := self._seen.get((like, i))) is not None:
+            self._local[name] = self._local.get(name, torch.zeros_like(seen)) + seen
+            self._counted.add((name, i))
 
     def reduce_tokens(self) -> None:
         """Sum the counts over all processes and refuse sites under the floor; every process has to call this."""
@@ -297,6 +318,7 @@ class Step:
 
     def release(self) -> None:
         """Free what only this step used."""
+        self._settled.release()
         for stored in self._owned:
             self._store.drop(stored)
         self._owned = []

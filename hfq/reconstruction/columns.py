@@ -74,6 +74,7 @@ def solve_block(
                 _embedding(step, shared[0], moments[shared[0].name], spec_for(shared[0].name), solver)
             else:
                 _linears(step, shared, moments, spec_for(shared[0].name), solver, online)
+        step.settle()
 
 
 def _together(
