@@ -117,15 +117,20 @@ def pack(step: Step, learner: Any, asked: Callable[[str], Mapping[str, Any]] | N
             one.harden()
         extra = rounding[0].statistics()
         options: dict[str, Any] = {"extra": extra, **({} if asked is None else {"asked": asked(site.name)})}
+        factor = learner.factor(site.name)
         if site.name in learner.inputs:
-            factor = learner.factor(site.name)
-            options |= {"activation": learner.inputs[site.name], "activation_params": factor}
-            if factor is not None:
-                extra["range_factor"] = round(float(factor), 6)
+            options["activation"] = learner.inputs[site.name]
+        if factor is not None:
+            extra["range_factor"] = round(float(factor), 6)
         if site.kind == "experts":
+            if factor is not None:  # learned for what enters the bank; what flows inside keeps its own range
+                inside = {name: torch.ones_like(factor) for name in site.tensors}
+                options["activation_factors"] = inside | {site.tensors[0]: factor}
             codes = {name: one.codes() for name, one in zip(site.tensors, rounding, strict=True)}
             step.swap_experts(site, codes, **options)
         else:
+            if factor is not None:
+                options["activation_factor"] = factor
             step.swap(site, rounding[0].codes(), **options)
 
 
