@@ -26,7 +26,8 @@ class AffineQuantConfig(HfqConfig):
         qk_mode: "rope_safe" keeps the model's function under rotary embeddings, "free" is the published code, which
             does not, "off" leaves queries and keys alone.
         aug_loss: also compare with the float block on the quantized stream; ``None``: at two bits.
-        diagonal: learn scales instead of every matrix (the baseline of this method).
+        maps: "affine"; "diagonal" learns scales instead of every matrix (the baseline of this method); "none" only the
+            ranges (with ``clipping=False`` and no epochs: round to nearest).
         shift: also learn shifts; norms without a bias then add one online.
         clipping: learn the range of the weights.
         attention_bits: width of queries, keys and values; ``None`` is ``activation_bits``.
@@ -50,7 +51,7 @@ class AffineQuantConfig(HfqConfig):
     qk_matrix: bool | None = None
     qk_mode: str = option("rope_safe", choices=("rope_safe", "free", "off"))
     aug_loss: bool | None = None
-    diagonal: bool = False
+    maps: str = option("affine", choices=("affine", "diagonal", "none"))
     shift: bool = True
     clipping: bool = True
     attention_bits: int | None = option(None, range=(2, 8), also=(16,))
@@ -74,10 +75,13 @@ class AffineQuantConfig(HfqConfig):
         from hfq.reconstruction.transformed import Options
 
         quantized = self.activation_bits != 16
-        matrix = (not quantized if self.ln_matrix is None else self.ln_matrix) and not self.diagonal
-        query = (quantized if self.qk_matrix is None else self.qk_matrix) and not self.diagonal
+        if self.maps == "none":
+            return Options(norm="off", value="off", clip=self.clipping)
+        affine = self.maps == "affine"
+        matrix = affine and (not quantized if self.ln_matrix is None else self.ln_matrix)
+        query = affine and (quantized if self.qk_matrix is None else self.qk_matrix)
         return Options(
-            norm="matrix" if matrix else "vector", value="vector" if self.diagonal else "matrix",
+            norm="matrix" if matrix else "vector", value="matrix" if affine else "vector",
             query="off" if self.qk_mode == "off" else "matrix" if query else "vector",
             rotary="free" if self.qk_mode == "free" else "safe", shift=self.shift, alpha=self.alpha,
             factor=(0.1 if quantized else 0.01) if self.sf is None else self.sf, clip=self.clipping,

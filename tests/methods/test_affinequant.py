@@ -176,7 +176,7 @@ def test_closed_entries_get_no_gradient_and_open_ones_the_damped_one() -> None:
 @pytest.mark.must_hold(SLUG, 5)
 def test_without_what_lies_off_the_diagonal_it_is_scales_and_ranges() -> None:
     errors = []
-    for options in ({"diagonal": True}, {"sf": 0.0, "qk_matrix": False, "ln_matrix": False}):
+    for options in ({"maps": "diagonal"}, {"sf": 0.0, "qk_matrix": False, "ln_matrix": False}):
         report = quantized(tiny(), bits=3, **options)
         errors.append([row.extra["loss_after"] for row in report.packed])
     assert errors[0] == pytest.approx(errors[1], rel=2e-2)
@@ -317,8 +317,16 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert (weights.norm, weights.query, weights.value, weights.factor) == ("matrix", "vector", "matrix", 0.01)
     assert (both.norm, both.query, both.value, both.factor) == ("vector", "matrix", "matrix", 0.1)
     assert (weights.rotary, weights.product, weights.gate) == ("safe", "off", "off") and BOTH.attention == 4
-    plain = AffineQuantConfig(diagonal=True, activation_bits=4).options
+    plain = AffineQuantConfig(maps="diagonal", activation_bits=4).options
     assert (plain.norm, plain.value, plain.query) == ("vector", "vector", "vector")
+
+
+def test_without_maps_ranges_and_epochs_it_rounds_to_nearest() -> None:
+    model, plain = tiny(), tiny()
+    quantized(model, maps="none", clipping=False, epochs=0, bits=3)
+    hfq.quantize(plain, hfq.RTNConfig(bits=3, group_size=32, progress=False))
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_the_report_counts_what_was_added() -> None:

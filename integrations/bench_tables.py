@@ -1,0 +1,52 @@
+"""Rows of the tables by family of methods; :mod:`hfq.integrations.bench_methods` measures them.
+
+Every family has a function that gives its cases, and one entry a table below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["TABLES", "Case", "case"]
+
+CALIBRATION = {"calibration_samples": 64, "calibration_seqlen": 512}
+GRID = {"group_size": 64, "symmetric": False}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: ``method`` empty is the float model.
+
+    The option "order" of layer-wise rows is not the method's: it replaces the importance of the blocks by a random one
+    or by the reverse of the method's own, the controls that its paper compares with.
+    """
+
+    name: str
+    method: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rescaled: bool = False
+
+
+def case(name: str, method: str, *, rescaled: bool = False, **options: Any) -> Case:
+    return Case(name, method, {**GRID, **(CALIBRATION if method != "rtn" else {}), **options}, rescaled)
+
+
+def affine() -> list[Case]:
+    """Affine transforms against the same loop with scales only and against rounding to nearest."""
+    rows = []
+    for label, grid in (
+        ("W4A4", {"bits": 4, "activation_bits": 4, "group_size": -1}), ("W3A16", {"bits": 3}),
+    ):
+        rows += [
+            case(f"round to nearest, {label}", "affinequant", **grid, maps="none", clipping=False, epochs=0),
+            case(f"scales and ranges only, {label}", "affinequant", **grid, maps="diagonal", epochs=20),
+            case(f"AffineQuant, {label}", "affinequant", **grid, epochs=20),
+        ]
+    return rows
+
+
+TABLES: dict[str, list[Case]] = {
+    "affine": affine(),
+}
