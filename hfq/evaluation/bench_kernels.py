@@ -55,7 +55,7 @@ class Options:
 Clock = Callable[[], float]
 
 
-def _best(calls: Sequence[Callable[[], Any]], rounds: int, clock: Clock) -> list[float]:
+def best_of(calls: Sequence[Callable[[], Any]], rounds: int, clock: Clock) -> list[float]:
     """Microseconds of the best round of each call. The calls take turns, another one first in each round.
 
     Short calls get more rounds, a third of a second in all, because one interruption spoils a round.
@@ -75,7 +75,7 @@ def _best(calls: Sequence[Callable[[], Any]], rounds: int, clock: Clock) -> list
 
 
 @contextmanager
-def _environment(threads: int | None = None, **variables: str) -> Iterator[None]:
+def environment(threads: int | None = None, **variables: str) -> Iterator[None]:
     before, old = torch.get_num_threads(), {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -187,19 +187,19 @@ def _cpu(options: Options) -> Iterator[Row]:
 
 def _cpu_rows(shape: _CpuShape, m: int, options: Options) -> list[Row]:
     """Time the candidates of one shape and M; baselines in the same turns."""
-    with _environment(threads=1, HFQ_STRICT="1"), torch.inference_mode():
+    with environment(threads=1, HFQ_STRICT="1"), torch.inference_mode():
         found = list(shape.candidates(m))
         good = [(row, call) for row, call in found if not row.ok]
         if not good:
             return [row for row, _ in found]
         x = torch.randn(m, shape.k)
         calls = [lambda: torch.nn.functional.linear(x, shape.float_weight), *(call for _, call in good)]
-        base, *times = _best(calls, options.rounds, time.thread_time)
+        base, *times = best_of(calls, options.rounds, time.thread_time)
     walls: list[float] = []
     idle = os.getloadavg()[0] < 1 if options.all_cores is None else options.all_cores
     if idle and (os.cpu_count() or 1) > 1:
-        with _environment(threads=os.cpu_count(), HFQ_STRICT="1"), torch.inference_mode():
-            walls = _best(calls, options.rounds, time.perf_counter)
+        with environment(threads=os.cpu_count(), HFQ_STRICT="1"), torch.inference_mode():
+            walls = best_of(calls, options.rounds, time.perf_counter)
     for i, ((row, _), spent) in enumerate(zip(good, times, strict=True)):
         row.us, row.baseline_us, row.ratio = spent, base, base / spent
         if walls:
@@ -207,6 +207,12 @@ def _cpu_rows(shape: _CpuShape, m: int, options: Options) -> list[Row]:
         if row.target is not None:
             row.ok = "y" if row.ratio >= row.target else "n"
     return [row for row, _ in found]
+
+
+def _integer(options: Options) -> Iterator[Row]:
+    from hfq.evaluation import bench_integer
+
+    yield from bench_integer.cpu(options)
 
 
 def _cuda(options: Options) -> Iterator[Row]:
@@ -227,7 +233,7 @@ def _cuda(options: Options) -> Iterator[Row]:
 
 
 # What is measured on a device: add to the list of a device to have more operations in the table.
-SUITES: dict[str, list[Callable[[Options], Iterator[Row]]]] = {"cpu": [_cpu], "cuda": [_cuda]}
+SUITES: dict[str, list[Callable[[Options], Iterator[Row]]]] = {"cpu": [_cpu, _integer], "cuda": [_cuda]}
 
 
 def run(

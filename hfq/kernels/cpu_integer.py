@@ -13,7 +13,7 @@ their upper seven bits and the last one, unless the weight's codes are so small 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -79,6 +79,7 @@ class _Form:
     bounds: tuple[tuple[int, int], ...]
     fields: int
     folded: bool
+    segments: dict[int, list[tuple[int, int, int, int]]] = field(default_factory=dict)
 
 
 def _form(runtime: Runtime) -> _Form:
@@ -218,13 +219,13 @@ def _parts(runtime: Runtime, width: int) -> list[tuple[slice, tuple[int, int, in
         return [(slice(i, min(i + step, runtime.out_features)), None) for i in range(0, runtime.out_features, step)]
     step = max(min(width, UNPACKED // (blocks.shape[0] * blocks.shape[2])), 16)
     found: list[tuple[slice, tuple[int, int, int] | None]] = []
-    for field in range(form.fields):
-        base = field * blocks.shape[1]
+    for j in range(form.fields):
+        base = j * blocks.shape[1]
         for start in range(0, blocks.shape[1], step):
             stop = min(start + step, blocks.shape[1])
             rows = slice(base + start, min(base + stop, runtime.out_features))
             if rows.stop > rows.start:
-                found.append((rows, (start, stop, field)))
+                found.append((rows, (start, stop, j)))
     return found
 
 
@@ -311,10 +312,15 @@ def _operand(x: ActivationCodes, runtime: Runtime) -> _Operand:
 
 def _segments(form: _Form, spec: ActivationSpec, columns: int) -> list[tuple[int, int, int, int]]:
     """K ranges over which both scales are constant: ``(start, stop, block of the weight, group of x)``."""
+    known = form.segments.get(spec.group_size)
+    if known is not None:
+        return known
     length = columns if spec.group_size == -1 else spec.group_size
     edges = sorted({0, columns, *range(0, columns, length), *(start for start, _ in form.bounds)})
     block = form.bounds[0][1] - form.bounds[0][0]
-    return [(a, b, a // block, a // length) for a, b in zip(edges, edges[1:], strict=False)]
+    found = [(a, b, a // block, a // length) for a, b in zip(edges, edges[1:], strict=False)]
+    form.segments[spec.group_size] = found
+    return found
 
 
 def _segment_sums(runtime: Runtime, segments: list[tuple[int, int, int, int]]) -> torch.Tensor:
@@ -351,6 +357,8 @@ def multiply(
     segments = _segments(form, x.spec, runtime.in_features)
     sums = None if zero is None else _segment_sums(runtime, segments)
     shifts = _shifts(x, segments) if "rest" in runtime.tensors else None
+    if form.fields == 1 and len(segments) == 1 and rows * runtime.out_features <= CHUNK and shifts is None:
+        return _multiply_small(x, operand, runtime, None if sums is None else sums[0], bias, dtype)
     y = torch.empty(rows, runtime.out_features, dtype=torch.float32)
     for part, where in _parts(runtime, max(CHUNK // rows, 256)):
         weights = _weights(runtime, part, where)
@@ -382,6 +390,25 @@ def multiply(
             torch.mul(total, row, out=out) if bias is None else torch.addcmul(bias[part].float(), total, row, out=out)
         else:
             out.copy_(total) if bias is None else torch.add(total, bias[part].float(), out=out)
+    return y if dtype == torch.float32 else y.to(dtype)
+
+
+def _multiply_small(
+    x: ActivationCodes, operand: _Operand, runtime: Runtime, sums: torch.Tensor | None, bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """:func:`multiply` with one scale a row and few numbers: what counts is the number of operations."""
+    matrix = runtime.tensors["blocks"][0].t()
+    acc = torch._int_mm(operand.codes, matrix)
+    if operand.low is not None:
+        acc.mul_(2).add_(torch._int_mm(operand.low, matrix))
+    if isinstance(operand.zero, int):
+        acc.sub_(sums, alpha=operand.zero)  # type: ignore[arg-type]
+    elif operand.zero is not None:
+        acc.addcmul_(operand.zero.expand(acc.shape[0], 1), sums, value=-1)  # type: ignore[arg-type]
+    row = runtime.tensors["row_scale"]
+    y = acc.to(torch.float32).mul_(x.scale)
+    y = y.mul_(row) if bias is None else torch.addcmul(bias if bias.dtype == y.dtype else bias.float(), y, row)
     return y if dtype == torch.float32 else y.to(dtype)
 
 

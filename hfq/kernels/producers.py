@@ -131,9 +131,28 @@ def _rows(
     if fused is None:
         fused = x.device.type == "cpu" and x.dim() == 2 and x.numel() > CHUNK
     if not fused or whole or not x.numel():
-        return activation.quantize(x if apply is None else apply(x), spec, params, factor)
+        x = x if apply is None else apply(x)
+        plain = spec.dynamic and not spec.factor and spec.granularity == "token" and spec.group_size == -1
+        if plain and x.dtype == torch.float32 and x.numel() and not torch.compiler.is_compiling():
+            return _tokens(x.detach(), spec)
+        return activation.quantize(x, spec, params, factor)
     with torch.no_grad():
         return _by_blocks(x, apply, spec, params, factor, x.shape[-1] if width is None else width)
+
+
+def _tokens(x: torch.Tensor, spec: ActivationSpec) -> ActivationCodes:
+    """:func:`hfq.formats.activation.quantize` of tokens, with the least number of operations: for small ``x``."""
+    with torch.no_grad():
+        if spec.symmetric:
+            scale = x.abs().amax(-1, keepdim=True).clamp_(min=activation.SMALLEST_RANGE).div_(spec.max_code)
+            codes = (x * scale.reciprocal()).round_()
+            return ActivationCodes(codes.clamp_(spec.min_code, spec.max_code).to(torch.int8), scale, None, spec)
+        low = x.amin(-1, keepdim=True).clamp_(max=0)
+        scale = x.amax(-1, keepdim=True).clamp_(min=activation.SMALLEST_RANGE).sub_(low).div_(spec.max_code)
+        inverse = scale.reciprocal()
+        zero = low.neg_().mul_(inverse).round_().clamp_(max=spec.max_code)
+        codes = (x * inverse).round_().add_(zero).clamp_(0, spec.max_code)
+        return ActivationCodes(codes.to(torch.uint8), scale, zero, spec)
 
 
 def _by_blocks(
@@ -151,7 +170,7 @@ def _by_blocks(
         part = slice(start, min(start + step, rows))
         block = x[part] if apply is None else apply(x[part])
         block = block if block.dtype == dtype else block.to(dtype)
-        if stored or spec.group_size != -1:
+        if stored or spec.group_size != -1 or spec.factor:
             done = activation.quantize(block, spec, params, factor)
             codes[part] = done.codes
             if not stored:
@@ -160,7 +179,7 @@ def _by_blocks(
                     zero[part] = done.zero_point
             continue
         work = scratch("quantize", tuple(block.shape), dtype)
-        s, z = activation.row_parameters(block, spec, factor)
+        s, z = activation.row_parameters(block, spec)
         torch.mul(block, 1 / s, out=work).round_()
         if z is not None:
             work.add_(z)
