@@ -10,7 +10,7 @@ import importlib.metadata
 import inspect
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,6 +43,10 @@ class Environment:
         detach: ``detach(model)`` undoes ``attach``.
         is_packed: ``is_packed(model, config)`` says who quantized the model before; ``None`` if nobody did.
         untie: ``untie(model, name)`` gives a module whose weight is tied to another one a weight of its own.
+        example: ``example(model)`` gives the arguments of one forward pass.
+        can_cache: ``can_cache(model)`` raises if the model has no key-value cache.
+        check_cache: ``check_cache(model)`` raises if the model does not decode with the cache of its attention parts as
+            it does with its own.
     """
 
     placement: Callable[[nn.Module], Callable[[nn.Module], AbstractContextManager[Any]] | None] | None = None
@@ -53,6 +57,9 @@ class Environment:
     detach: Callable[[nn.Module], None] | None = None
     is_packed: Callable[[nn.Module, HfqConfig], str | None] | None = None
     untie: Callable[[nn.Module, str], None] | None = None
+    example: Callable[[nn.Module], Mapping[str, Any]] | None = None
+    can_cache: Callable[[nn.Module], None] | None = None
+    check_cache: Callable[[nn.Module], None] | None = None
 
 
 _ENVIRONMENT = Environment()
@@ -100,6 +107,7 @@ def quantize(model: nn.Module, config: HfqConfig, data: Any = None) -> Report:
             for name, reason in asked.skipped.items():
                 report.leave(name, reason)
             methods_table.recipe(config.method)(model, batches, config, report)
+            _store_cache(model, batches, config, report)
     finally:
         config._environment = None
     _check_report(report, asked.names, config)
@@ -124,10 +132,12 @@ def explain(model: nn.Module) -> dict[str, Any]:
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every packed layer by its float module, in place, and unmark the model."""
-    from hfq.layers import swap
+    from hfq.layers import attention, swap
 
-    _packed_names(model, "dequantize")
+    if not attention.parts(model):
+        _packed_names(model, "dequantize")
     swap.dequantize_modules(model, dtype)
+    attention.uninstall(model)
     if _ENVIRONMENT.detach is not None:
         _ENVIRONMENT.detach(model)
     return model
@@ -159,6 +169,8 @@ def _check_model(model: nn.Module, config: HfqConfig) -> None:
     packed = _ENVIRONMENT.is_packed(model, config) if _ENVIRONMENT.is_packed is not None else None
     if packed:
         raise ConfigError(f"{type(model).__name__} is already quantized ({packed}): load the float model first")
+    if _ENVIRONMENT.can_cache is not None and (config.kv_bits != 16 or config._cache is not None):
+        _ENVIRONMENT.can_cache(model)
     if config.dequantize:
         raise ConfigError("dequantize=True gives a packed checkpoint back as floats: it cannot be used to quantize")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -186,7 +198,7 @@ def _asked_sites(model: nn.Module, config: HfqConfig) -> _Asked:
 
 def _batches(model: nn.Module, config: HfqConfig, data: Any) -> Any:
     if data is None:
-        if config.needs_calibration:
+        if config.wants_data:
             raise DataError(f"{config.method} needs calibration data: pass data=..., or calibration=... to the config")
         return None
     load = _ENVIRONMENT.load_processor
@@ -203,6 +215,25 @@ def _accepted(model: nn.Module) -> list[str] | None:
     parameters = inspect.signature(model.forward).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     return names if {"input_ids", "pixel_values"} & set(names) else None
+
+
+def _store_cache(model: nn.Module, batches: Any, config: HfqConfig, report: Report) -> None:
+    """Quantize the key-value cache as the config asks, if the method has not done so."""
+    from hfq.layers import attention, kv_install
+
+    def caches() -> bool:
+        return any(part.cache is not None for part in attention.parts(model).values())
+
+    if config._cache is not None:
+        config._cache._environment = config._environment
+        methods_table.recipe(config._cache.method)(model, batches, config._cache, report)
+    elif config.kv_bits != 16 and not caches():
+        if batches is None and _ENVIRONMENT.example is None:
+            raise DataError("the attention of this model is found by running it: pass data")
+        rows = [_ENVIRONMENT.example(model)] if batches is None else batches  # type: ignore[misc]
+        kv_install.uniform(model, config.one_call(model, rows), config.kv_bits, report)
+    if caches() and _ENVIRONMENT.check_cache is not None:
+        _ENVIRONMENT.check_cache(model)
 
 
 def _check_report(report: Report, asked: list[str], config: HfqConfig) -> None:

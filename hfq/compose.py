@@ -11,10 +11,12 @@ from hfq.config import HfqConfig, option
 from hfq.errors import ConfigError
 from hfq.report import Report
 
-__all__ = ["ComposedConfig"]
+__all__ = ["ComposedConfig", "carried"]
 
+# The method that a config can carry in `kv_cache`.
+CACHE_METHOD = "kvquant"
 # What the backend does not take from the config around it.
-_OWN = ("quant_method", "method", "overrides", "allow_partial", "dequantize")
+_OWN = ("quant_method", "method", "overrides", "allow_partial", "dequantize", "kv_cache", "kv_bits")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -82,6 +84,34 @@ class ComposedConfig(HfqConfig):
     def run_backend(self, model: Any, data: Any, backend: HfqConfig, report: Report) -> None:
         """The backend's recipe, on ``model`` in place."""
         importlib.import_module("hfq.methods").recipe(backend.method)(model, data, backend, report)
+
+
+def carried(config: HfqConfig) -> HfqConfig | None:
+    """The Config that ``config.kv_cache`` stands for; the field becomes the dict of what was said, to be saved.
+
+    What both have in common (data, seed, placement) is that of ``config``.
+
+    Raises:
+        ConfigError: the field is no Config of a cache, or ``kv_bits`` are given besides it.
+    """
+    said = config.kv_cache
+    if said is None:
+        return None
+    said = _said(said) if isinstance(said, HfqConfig) else said
+    if not isinstance(said, Mapping):
+        raise ConfigError(f"kv_cache={said!r}: a KVQuantConfig, or a dict of its fields, is needed")
+    said = {"method": CACHE_METHOD, **said}
+    if said["method"] != CACHE_METHOD or config.method == CACHE_METHOD:
+        raise ConfigError(f"kv_cache: {said['method']} is carried by {config.method}; the config of another method "
+                          f"carries one of {CACHE_METHOD}")
+    if config.kv_bits != 16:
+        raise ConfigError(f"kv_bits={config.kv_bits} and kv_cache: say it once, in kv_cache")
+    data = [name for name in ("calibration", "processor", "overrides", "kv_cache") if said.get(name)]
+    if data:
+        raise ConfigError(f"kv_cache: {data[0]!r} is said by the config around it")
+    made = importlib.import_module("hfq.methods").config_class(CACHE_METHOD)(**said)
+    config.kv_cache = {name: value for name, value in said.items() if value is not None}
+    return made
 
 
 def _said(backend: HfqConfig) -> dict[str, Any]:

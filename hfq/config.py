@@ -34,7 +34,6 @@ _RECORDS = ("format_version", "hfq_version", "manifest", "summary")
 _LOADER_KEYS = frozenset({"_load_in_4bit", "_load_in_8bit", "load_in_4bit", "load_in_8bit", "run_compressed"})
 _SPEC_FIELDS = ("bits", "group_size", "symmetric", "zero_point", "scale_dtype")
 
-
 QUANT_METHOD = QuantMethodName("hfq")
 
 
@@ -49,6 +48,7 @@ class HfqConfig(QuantizationConfigMixin):
         group_size: weights along the input axis that share a scale; -1 per output channel, 0 per tensor.
         symmetric: no stored zero point.
         activation_bits, kv_bits: width of activations and of the key-value cache; 16 is off.
+        kv_cache: how a language model stores keys and values: a ``KVQuantConfig``, or a dict of its fields.
         modules_to_not_convert: names or patterns of modules to leave alone, besides hfq's own rule (output heads,
             tied embeddings).
         overrides: ``{pattern: {field: value}}`` by module name; later patterns win. ``{"bits": 16}`` leaves a module
@@ -77,6 +77,7 @@ class HfqConfig(QuantizationConfigMixin):
     symmetric: bool = option(False, per_module=True)
     activation_bits: int = option(16, range=(2, 8), also=(16,), per_module=True)
     kv_bits: int = option(16, range=(1, 8), also=(16,))
+    kv_cache: Any = None
     modules_to_not_convert: Sequence[str] | None = None
     overrides: Mapping[str, Any] = option({})
     compute_dtype: Any = None
@@ -100,9 +101,8 @@ class HfqConfig(QuantizationConfigMixin):
         if not cls.method and kwargs.get("method"):
             target = _config_class(kwargs["method"])
         known = [f.name for f in fields(target) if f.init]
-        for name in kwargs:
-            if name not in known:
-                raise ConfigError(f"unknown field {name!r} of {target.__name__}{did_you_mean(name, known)}")
+        for name in (name for name in kwargs if name not in known):
+            raise ConfigError(f"unknown field {name!r} of {target.__name__}{did_you_mean(name, known)}")
         (made := object.__new__(target))._given = frozenset(kwargs)
         return made
 
@@ -125,6 +125,7 @@ class HfqConfig(QuantizationConfigMixin):
         self.calibration = self.calibration if isinstance(self.calibration, (str, os.PathLike)) else None
         self.processor = self.processor if isinstance(self.processor, str) else None
         self._environment: Any = None
+        self._cache = importlib.import_module("hfq.compose").carried(self)
         self.validate()
 
     def validate(self) -> None:
@@ -172,8 +173,8 @@ class HfqConfig(QuantizationConfigMixin):
 
     def override_for(self, name: str) -> dict[str, Any]:
         """Merged ``overrides`` of the module ``name``: patterns of ``hfq.graph.select``, later ones win."""
-        found = [values for pattern, values in self.overrides.items() if select.matches(name, pattern)]
-        return {key: value for values in found for key, value in values.items()}
+        return {key: value for pattern, values in self.overrides.items() if select.matches(name, pattern)
+                for key, value in values.items()}
 
     def value_for(self, name: str, option_name: str) -> Any:
         """Value of a field for the module ``name``, after overrides."""
@@ -204,9 +205,8 @@ class HfqConfig(QuantizationConfigMixin):
         named = [name for name in sites if any(f".{name}".endswith(f".{pattern}") for pattern in self.overrides)]
         floats = [name for name in sites if self.spec_for(name) is None]
         plan = graph.read(model, skip=skip + _exactly(floats), ask=_exactly(named))
-        for name in floats:
-            if select.first_match(name, skip) is None:
-                plan.skipped[name] = "16 bits: left as it is"
+        plain_floats = (name for name in floats if select.first_match(name, skip) is None)
+        plan.skipped.update(dict.fromkeys(plain_floats, "16 bits: left as it is"))
         return plan
 
     def one_call(self, model: Any, batches: Sequence[Mapping[str, Any]]) -> Callable[[], Any]:
@@ -243,6 +243,7 @@ class HfqConfig(QuantizationConfigMixin):
         }
 
     data = property(lambda self: self._data, doc="The calibration data as given (object, path or Hub id), or ``None``.")
+    wants_data = property(lambda self: self.needs_calibration or (self._cache is not None and self._cache.wants_data))
 
     @property
     def torch_compute_dtype(self) -> torch.dtype | None:
@@ -251,8 +252,8 @@ class HfqConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Options that a user may set anew when loading a packed checkpoint (only those that are not default)."""
-        defaults = {"compute_dtype": None, "cpu_memory": "compact", "dequantize": False}
-        return {key: getattr(self, key) for key, default in defaults.items() if getattr(self, key) != default}
+        defaults = (("compute_dtype", None), ("cpu_memory", "compact"), ("dequantize", False))
+        return {key: getattr(self, key) for key, default in defaults if getattr(self, key) != default}
 
     def check_manifest(self) -> None:
         """Raise :class:`CheckpointError` unless this config was read from a packed checkpoint."""
@@ -268,8 +269,8 @@ class HfqConfig(QuantizationConfigMixin):
             result["calibration"] = None  # a path of this machine means nothing elsewhere: the summary has a descriptor
         version = self.hfq_version or __version__
         result |= {"quant_method": str(QUANT_METHOD), "format_version": self.format_version, "hfq_version": version}
-        records = {"manifest": self.manifest, "summary": self.summary}
-        return result | {name: plain(record) for name, record in records.items() if record is not None}
+        return result | {name: plain(getattr(self, name)) for name in ("manifest", "summary")
+                         if getattr(self, name) is not None}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
@@ -323,8 +324,7 @@ class HfqConfig(QuantizationConfigMixin):
         config = target(**values)  # an unknown field that a person wrote raises here, with a suggestion
         config.hfq_version = writer
         for name in ("manifest", "summary"):
-            value = saved.get(name)
-            if value is not None and not isinstance(value, Mapping):
+            if (value := saved.get(name)) is not None and not isinstance(value, Mapping):
                 raise ConfigError(f"{name} is {type(value).__name__}, a dict is needed")
             setattr(config, name, value)
         return config

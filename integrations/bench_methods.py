@@ -14,11 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hfq.errors import ConfigError, HfqError, QuantizationError
+from hfq.integrations import bench_tables
+from hfq.integrations.bench_tables import Case
+from hfq.integrations.bench_tables import case as _case
 from hfq.integrations.results import machine, markdown
 
 __all__ = ["PROTOCOL", "TABLES", "Case", "measure", "run", "table"]
@@ -28,28 +31,6 @@ PROTOCOL = (
     "calibration: 64 windows of 512 tokens of the training articles (seed 0); output head and embedding float"
 )
 EVAL_WINDOWS = 24
-_CALIBRATION = {"calibration_samples": 64, "calibration_seqlen": 512}
-_GRID = {"group_size": 64, "symmetric": False}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row: ``method`` empty is the float model.
-
-    The option "order" of layer-wise rows is not the method's: it replaces the importance of the blocks by a random one
-    or by the reverse of the method's own, the controls that its paper compares with.
-    """
-
-    name: str
-    method: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    rescaled: bool = False
-
-
-def _case(name: str, method: str, *, rescaled: bool = False, **options: Any) -> Case:
-    return Case(name, method, {**_GRID, **(_CALIBRATION if method != "rtn" else {}), **options}, rescaled)
-
-
 # The solver at its best, the same for every row that uses it.
 GPTQ = {
     "clip": "mse", "clip_norm": 2.0, "clip_grid": 40, "weigh_clip": True, "act_order": True, "static_groups": True,
@@ -97,6 +78,7 @@ TABLES: dict[str, list[Case]] = {
         *_layerwise((4, 3), 3.5, {"method": "rtn"}),
         *_layerwise((4, 2), 3.0, {"method": "gptq", **GPTQ}),
     ],
+    **bench_tables.TABLES,
 }
 
 
@@ -121,7 +103,7 @@ def measure(case: Case, model: str | Path, train: str, windows: Sequence[Sequenc
         options = _with_control(loaded, dict(case.options), train, processor)
         config = hfq.HfqConfig(method=case.method, processor=processor, **options)
         cpu = time.process_time()
-        report = hfq.quantize(loaded, config, [train] if config.needs_calibration else None)
+        report = hfq.quantize(loaded, config, [train] if config.wants_data else None)
         row |= {
             "bits_per_weight": report.bits_per_weight(),
             "quantize_seconds": report.totals["seconds"],

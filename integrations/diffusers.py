@@ -42,7 +42,7 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
             config.check_manifest()
         elif config.dequantize:
             raise ConfigError("dequantize=True gives a packed checkpoint back as floats: this checkpoint is not packed")
-        elif config.needs_calibration and config.data is None:
+        elif config.wants_data and config.data is None:
             raise DataError(
                 f"{config.method} needs calibration data: pass {type(config).__name__}(calibration=[recorded calls]), "
                 "or quantize the live pipeline with hfq.quantize_pipeline"

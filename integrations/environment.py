@@ -12,7 +12,10 @@ from hfq.api import Environment
 from hfq.config import HfqConfig
 from hfq.errors import DataError
 
-__all__ = ["attach", "detach", "is_packed", "load_hub", "load_processor", "make", "progress", "untie"]
+__all__ = [
+    "attach", "can_cache", "check_cache", "detach", "example", "is_packed", "load_hub", "load_processor", "make",
+    "progress", "untie",
+]  # fmt: skip
 
 
 def make() -> Environment:
@@ -22,7 +25,8 @@ def make() -> Environment:
         placement = getattr(importlib.import_module("hfq.integrations.accelerate"), "placement", None)
     return Environment(
         placement=placement, load_processor=load_processor, load_hub=load_hub, progress=progress,
-        attach=attach, detach=detach, is_packed=is_packed, untie=untie,
+        attach=attach, detach=detach, is_packed=is_packed, untie=untie, example=example, can_cache=can_cache,
+        check_cache=check_cache,
     )
 
 
@@ -136,3 +140,33 @@ def untie(model: Any, name: str) -> None:
             module.weight = torch.nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     for part in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
         part.tie_word_embeddings = False
+
+
+def example(model: Any) -> dict[str, Any]:
+    """Arguments of one forward pass of a language model: a few tokens.
+
+    Raises:
+        DataError: the model takes something else.
+    """
+    import torch
+
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    size = getattr(text, "vocab_size", None)
+    if getattr(model, "main_input_name", "") != "input_ids" or not isinstance(size, int):
+        raise DataError(f"{type(model).__name__} takes no token ids: pass data, which says how the model is called")
+    return {"input_ids": torch.arange(1, 9).remainder(size)[None]}
+
+
+def can_cache(model: Any) -> None:
+    """Raise :class:`hfq.ConfigError` unless ``model`` decodes with a cache that can be quantized."""
+    from hfq.integrations import kv_cache
+
+    kv_cache.can_cache(model)
+
+
+def check_cache(model: Any) -> None:
+    """Raise unless ``model`` decodes with the cache of its attention parts as with its own."""
+    from hfq.integrations import kv_cache
+
+    kv_cache.check(model, example(model))

@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from hfq.errors import CheckpointError
 from hfq.layers.attached import AttachedPart
 from hfq.layers.integer import IntegerModule
+from hfq.layers.kv_cache import CacheQuant
 from hfq.layers.online import OnlinePart, StreamRotation
 from hfq.layers.packed import PackedModule
 
@@ -82,7 +83,7 @@ def _candidates(key: str, prefix: str) -> Iterator[str]:
 
 def packed_tensors(model: Any) -> dict[str, Any]:
     """Every tensor of every packed layer, rotation, attached part and online transform, by its name in memory."""
-    parts = (PackedModule, StreamRotation, OnlinePart, AttachedPart, IntegerModule)
+    parts = (PackedModule, StreamRotation, OnlinePart, AttachedPart, CacheQuant, IntegerModule)
     return {
         f"{name}.{leaf}": parameter
         for name, module in model.named_modules() if isinstance(module, parts)

@@ -6,6 +6,7 @@ replaced by one of :class:`QuantizedLayer`, whoever made the cache: ``generate``
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from hfq.layers import attention
 from hfq.layers.attention import AttentionQuant
 from hfq.layers.kv_store import KVStore
 
-__all__ = ["QuantizedLayer", "adopt", "make", "nbytes"]
+__all__ = ["QuantizedLayer", "adopt", "can_cache", "check", "make", "nbytes"]
+
+_AGREE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -157,3 +160,49 @@ def nbytes(cache: Any) -> int:
             tensors += [layer.keys, layer.values]
     tensors += [t for p in getattr(cache, "hfq_positions", []) for block in p.blocks for t in block]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def can_cache(model: Any) -> None:
+    """Raise :class:`ConfigError` unless ``model`` is a decoder with a key-value cache."""
+    config = getattr(model, "config", None)
+    if config is None or "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(f"{type(model).__name__} has no key-value cache: kv_bits=16 and kv_cache=None are needed")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"{type(model).__name__} is an encoder-decoder: its cache cannot be quantized")
+
+
+@torch.no_grad()
+def check(model: Any, inputs: dict[str, Any], steps: int = 3) -> None:
+    """Decode some tokens with the model's own cache, and with that of its parts holding floats.
+
+    Raises:
+        QuantizationError: the two do not agree: the model does something with its cache that the parts do not know.
+    """
+    ids = inputs["input_ids"].to(next(p.device for p in model.parameters() if p.device.type != "meta"))
+    training = model.training
+    model.eval()
+    try:
+        with attention.without(model):
+            wanted = _decode(model, ids, steps)
+        with attention.exact(model):
+            found = _decode(model, ids, steps)
+    finally:
+        model.train(training)
+    wrong = (found - wanted).float().norm() / wanted.float().norm()
+    if not wrong <= _AGREE.get(wanted.dtype, 1e-3):
+        raise QuantizationError(
+            f"{type(model).__name__} does not decode with a quantized cache as with its own, even in floats (logits "
+            f"differ by {float(wrong):.1e}): layers that share keys or sinks inside the attention are not supported"
+        )
+
+
+def _decode(model: Any, ids: torch.Tensor, steps: int) -> torch.Tensor:
+    """Logits of the last ``steps`` tokens of ``ids``, one at a time after a prompt of the others."""
+    cache, start, logits = None, 0, []
+    for stop in range(ids.shape[1] - steps, ids.shape[1] + 1):
+        result = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
+        cache, start = result.past_key_values, stop
+        logits.append(result.logits[:, -1] if hasattr(result, "logits") else result.last_hidden_state[:, -1])
+        if cache is None:
+            raise ConfigError(f"{type(model).__name__} gives back no key-value cache")
+    return torch.stack(logits[1:])

@@ -39,7 +39,7 @@ class HfqHfQuantizer(HfQuantizer):
             return
         if config.dequantize:
             raise ConfigError("dequantize=True gives a packed checkpoint back as floats: this checkpoint is not packed")
-        if config.needs_calibration and config.data is None:
+        if config.wants_data and config.data is None:
             # Said before the weights are loaded: hfq.quantize would say it after.
             raise DataError(f"{config.method} needs calibration data: pass {type(config).__name__}(calibration=...)")
 
@@ -113,11 +113,12 @@ class HfqHfQuantizer(HfQuantizer):
     # -- the rest of the contract -------------------------------------------------------------------------------
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        from hfq.layers import swap
+        from hfq.layers import attention, swap
 
         # After a save, the model's config holds the name of its dtype.
         dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         swap.dequantize_modules(model, dtype)
+        attention.uninstall(model)
         self.forget(model)
         return model
 
@@ -146,7 +147,9 @@ class HfqHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        """Whether ``generate`` may compile the model for a static cache: not for a quantized one."""
+        manifest = self.quantization_config.manifest or {}
+        return not manifest.get("attention")
 
 
 def attach(model: Any, config: HfqConfig) -> None:

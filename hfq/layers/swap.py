@@ -18,6 +18,7 @@ from hfq.layers.inputs import check_input, input_shapes, join
 from hfq.layers.integer import IntegerModule
 from hfq.layers.integer_build import check as check_integer
 from hfq.layers.kinds import empty, kind_of, matrix_of, to_float
+from hfq.layers.kv_cache import CacheQuant
 from hfq.layers.online import ChannelScale, OnlinePart, StreamRotation
 from hfq.layers.packed import Memory, PackedModule, check_slot
 from hfq.layers.rebuild import build_empty, describe, packed_modules
@@ -208,7 +209,7 @@ def prepare(model: nn.Module, memory: Memory = "compact") -> list[str]:
 def freeze(model: nn.Module) -> None:
     """No tensor of a packed layer or of a rotation needs a gradient (loaders make floating tensors trainable)."""
     for module in model.modules():
-        if isinstance(module, (PackedModule, StreamRotation, OnlinePart, AttachedPart, IntegerModule)):
+        if isinstance(module, (PackedModule, StreamRotation, OnlinePart, AttachedPart, CacheQuant, IntegerModule)):
             for parameter in module.parameters(recurse=False):
                 if not isinstance(parameter, Deferred):
                     parameter.requires_grad_(False)
@@ -251,6 +252,8 @@ def check(model: nn.Module) -> None:
             check_codes(module)
         elif isinstance(module, AttachedPart):
             module.check(name)
+        elif isinstance(module, CacheQuant):
+            module.check()
         elif isinstance(module, StreamRotation):
             _check_signs(module, name)
             if module.kind == "dense" and not module.matrix.is_meta:

@@ -27,6 +27,7 @@ class GPTQConfig(HfqConfig):
     """
 
     method = "gptq"
+    supports_kv_bits = True
 
     percdamp: float = option(0.01, range=(0.0, 1.0))
     act_order: bool = option(False)

@@ -21,6 +21,7 @@ class RTNConfig(HfqConfig):
     """
 
     method = "rtn"
+    supports_kv_bits = True
     needs_calibration = False
 
     clip: str = option("none", choices=("none", "mse", "percentile"), per_module=True)
