@@ -39,7 +39,8 @@ def test_only_filters_by_words():
 
 
 def test_every_backend_is_timed_when_asked():
-    rows = bench_kernels.run("cpu", quick=True, only="wna16 w4 M128 cached", rounds=1, every_backend=True, all_cores=False)
+    options = {"quick": True, "only": "wna16 w4 M128 cached", "every_backend": True}
+    rows = bench_kernels.run("cpu", **options, rounds=1, all_cores=False)
     assert {"copy", "dequant"} <= {row.backend for row in rows}
 
 
