@@ -11,6 +11,7 @@ from hfq.errors import CheckpointError, ConfigError, HfqError, QuantizationError
 from hfq.formats import ActivationSpec, activation
 from hfq.formats.activation import Parameters
 from hfq.layers import manifest as record
+from hfq.layers.joint import JointRange
 from hfq.layers.parts import ChannelScale, Hadamard, OnlinePart
 from hfq.layers.slot import Slot
 
@@ -177,6 +178,8 @@ def _part(layer: str, leaf: str, entry: Any, columns: int, device: Any) -> Onlin
         record.fields(name, entry, {"kind", "size"})
         record.size(name, entry, "size", columns)
         return ChannelScale(columns, device=device)
+    if isinstance(entry, Mapping) and entry.get("kind") == "joint_range":
+        return _joint(layer, name, entry, columns, device)
     record.fields(name, entry, {"kind", "size", "block", "signs"})
     record.size(name, entry, "size", columns)
     block, signs = entry["block"], entry["signs"]
@@ -185,5 +188,17 @@ def _part(layer: str, leaf: str, entry: Any, columns: int, device: Any) -> Onlin
         raise CheckpointError(f"{layer}: unknown online transform {dict(entry)} in the manifest")
     try:
         return Hadamard(columns, block, signs=signs, device=device)
+    except QuantizationError as error:
+        raise CheckpointError(f"{layer}: {error}") from error
+
+
+def _joint(layer: str, name: str, entry: Mapping[str, Any], columns: int, device: Any) -> JointRange:
+    record.fields(name, entry, {"kind", "size", "bits", "exponent", "stored"})
+    record.size(name, entry, "size", columns)
+    bits, exponent, stored = entry["bits"], entry["exponent"], entry["stored"]
+    if type(bits) is not int or type(exponent) not in (int, float) or not isinstance(stored, bool):
+        raise CheckpointError(f"{layer}: unknown online transform {dict(entry)} in the manifest")
+    try:
+        return JointRange(columns, bits, exponent, stored, device=device)
     except QuantizationError as error:
         raise CheckpointError(f"{layer}: {error}") from error

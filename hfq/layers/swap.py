@@ -232,9 +232,9 @@ def check_codes(module: PackedModule) -> None:
         for name, part in module.online.named_modules():
             where = f"{module.label}.online" + (f".{name}" if name else "")
             _check_signs(part, where)
-            vector = part.vector if isinstance(part, ChannelScale) and not part.vector.is_meta else None
-            if vector is not None and not (torch.isfinite(vector) & (vector > 0)).all():
-                raise CheckpointError(f"{where}.vector has elements that are not finite or not above zero")
+            vector = getattr(part, "vector" if isinstance(part, ChannelScale) else "columns", None)
+            if vector is not None and not vector.is_meta and not (torch.isfinite(vector) & (vector > 0)).all():
+                raise CheckpointError(f"{where} has scales that are not finite or not above zero")
 
 
 def _check_signs(module: nn.Module, where: str) -> None:

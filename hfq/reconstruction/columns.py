@@ -55,6 +55,7 @@ def solve_block(
     *,
     weights: Sequence[torch.Tensor] | None = None,
     online: Mapping[str, nn.Module] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Replace every site of the step's block by its packed layer, in place.
 
@@ -63,8 +64,11 @@ def solve_block(
         weights: importance of the tokens, ``[B, T]`` a call, as ``hessian.collect`` takes it.
         online: transforms that a packed layer applies to its input, by site name; the float weight has their inverse
             folded in already.
+        options: what else ``step.swap`` is told of a linear, by site name (activation formats, report entries).
     """
-    online = online or {}
+    swaps = {name: {"online": part, "folded": True} for name, part in (online or {}).items()}
+    for name, more in (options or {}).items():
+        swaps[name] = {**swaps.get(name, {}), **more}
     for sites in step.block.groups if solver.sequential else [step.block.sites]:
         moments = hessian.collect(step, sites, weights)
         for shared in _together(sites, moments, spec_for):
@@ -73,7 +77,7 @@ def solve_block(
             elif shared[0].kind == "embedding":
                 _embedding(step, shared[0], moments[shared[0].name], spec_for(shared[0].name), solver)
             else:
-                _linears(step, shared, moments, spec_for(shared[0].name), solver, online)
+                _linears(step, shared, moments, spec_for(shared[0].name), solver, swaps)
         step.settle()
 
 
@@ -95,7 +99,7 @@ def _linears(
     moments: Mapping[str, Any],
     spec: QuantSpec,
     solver: Solver,
-    online: Mapping[str, nn.Module],
+    swaps: Mapping[str, Mapping[str, Any]],
 ) -> None:
     names = ", ".join(site.name for site in sites)
     if sites[0].kind not in ("linear", "transposed"):
@@ -109,8 +113,10 @@ def _linears(
     matrices = [site.weight.detach().t() if site.kind == "transposed" else site.weight.detach() for site in sites]
     solutions = solve_many(matrices, factor, spec, name=names, **solver.options())
     for site, (codes, stats) in zip(sites, solutions, strict=True):
-        options = {"online": online[site.name], "folded": True} if site.name in online else {}
-        step.swap(site, codes, asked=spec.to_dict(), tokens=found.tokens, extra=_rounded(stats), **options)
+        options = dict(swaps.get(site.name, {}))
+        extra = {**_rounded(stats), **options.pop("extra", {})}
+        asked = {**spec.to_dict(), **options.pop("asked", {})}
+        step.swap(site, codes, asked=asked, tokens=found.tokens, extra=extra, **options)
 
 
 def _experts(step: Step, site: Any, moments: Mapping[str, Any], spec: QuantSpec, solver: Solver) -> None:

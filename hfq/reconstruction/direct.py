@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfq.formats import QuantSpec
+from hfq.formats import QuantSpec, twolevel
 from hfq.layers import swap
 from hfq.report import Report
 from hfq.rounding import nearest
 
-__all__ = ["embedding_spec", "expert_matrices", "nearest_block", "pack_nearest", "pack_outside"]
+__all__ = [
+    "embedding_spec", "expert_matrices", "nearest_block", "nearest_site", "pack_nearest", "pack_outside",
+]  # fmt: skip
 
 
 def pack_nearest(
@@ -68,21 +70,38 @@ def nearest_block(
     """
     online = online or {}
     for site in step.block.sites:
-        spec = spec_for(site.name)
-        asked = spec.to_dict()
-        if site.kind == "experts":
-            codes = {name: [nearest.solve(matrix, spec, **options) for matrix in expert_matrices(site, name)]
-                     for name in site.tensors}  # fmt: skip
-            step.swap_experts(site, codes, asked=asked)
-        elif site.kind in ("linear", "transposed", "embedding"):
-            weight = site.weight.detach()
-            matrix = weight.t() if site.kind == "transposed" else weight
-            spec = embedding_spec(weight, spec) if site.kind == "embedding" else spec
-            folded = {"online": online[site.name], "folded": True} if site.name in online else {}
-            step.swap(site, nearest.solve(matrix, spec, **options), asked=asked, **folded)
-        else:
-            why = f"no packed layer for sites of kind {site.kind!r}"
-            step.report.refuse(site.name, why, kind=site.kind, asked=asked, numel=site.numel)
+        folded = {"online": online[site.name], "folded": True} if site.name in online else {}
+        nearest_site(step, site, spec_for(site.name), options=folded, **options)
+
+
+def nearest_site(
+    step: Any, site: Any, spec: QuantSpec, *, whole_scales: bool = False, options: Mapping[str, Any] | None = None,
+    **search: Any,
+) -> None:
+    """Replace one site of a walk's step by its packed layer, rounded to nearest; a refused row if there is none.
+
+    Args:
+        whole_scales: snap the scales of a row's groups to small multiples of one step, and round again.
+        options: what else ``step.swap`` (``step.swap_experts``) is told.
+        search: of :func:`hfq.rounding.nearest.grid_of`.
+    """
+    more = dict(options or {})
+    more["asked"] = {**spec.to_dict(), **more.get("asked", {})}
+
+    def codes(matrix: torch.Tensor, grid: QuantSpec = spec) -> Any:
+        found = nearest.solve(matrix, grid, **search)
+        return twolevel.requantize(matrix, found) if whole_scales else found
+
+    if site.kind == "experts":
+        banks = {name: [codes(matrix) for matrix in expert_matrices(site, name)] for name in site.tensors}
+        step.swap_experts(site, banks, **more)
+    elif site.kind in ("linear", "transposed", "embedding"):
+        weight = site.weight.detach()
+        grid = embedding_spec(weight, spec) if site.kind == "embedding" else spec
+        step.swap(site, codes(weight.t() if site.kind == "transposed" else weight, grid), **more)
+    else:
+        why = f"no packed layer for sites of kind {site.kind!r}"
+        step.report.refuse(site.name, why, kind=site.kind, asked=spec.to_dict(), numel=site.numel)
 
 
 def pack_outside(plan: Any, config: Any, report: Report, *, clip: str = "none") -> None:
