@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfq.formats import ActivationSpec
 from hfq.graph import gates as graph_gates
 from hfq.graph import pairs as graph_pairs
 from hfq.graph.ends import Ends, ends_of
 from hfq.graph.pairs import PairReport
 from hfq.graph.read import Plan
 from hfq.graph.trace import order_groups
+from hfq.layers import attention
+from hfq.layers.fake import fake_inputs
 from hfq.report import Report
 from hfq.training.distill import Distillation
 from hfq.training.loop import ProgressBar, fit
@@ -28,7 +31,7 @@ from hfq.transforms.learned import Sites, build
 from hfq.transforms.manifold import ManifoldAdam, parameter_groups
 from hfq.transforms.sites import TransformSet
 
-__all__ = ["Prepared", "Training", "prepare", "train"]
+__all__ = ["Prepared", "Training", "prepare", "quantized", "train"]
 
 Placement = Callable[[nn.Module], AbstractContextManager[Any]]
 
@@ -99,6 +102,22 @@ def prepare(
     generator = torch.Generator().manual_seed(seed)
     transforms = build(model, plan, pairs, sites, gates=units, generator=generator, placement=placement, report=report)
     return Prepared(transforms, pairs, ends)
+
+
+@contextmanager
+def quantized(
+    model: nn.Module, inputs: Mapping[nn.Module, ActivationSpec | None],
+    parts: Mapping[str, Callable[[], attention.AttentionQuant]],
+) -> Iterator[None]:
+    """Inside, layers see quantized inputs, and attention modules (by name) compute with the parts that are made."""
+    for name, make in parts.items():
+        attention.install(model, name, make())
+    try:
+        with fake_inputs(inputs):
+            yield
+    finally:
+        if parts:
+            attention.uninstall(model)
 
 
 def train(

@@ -42,6 +42,8 @@ ROWS = {
         Row("gptq"),
         Row("affinequant", {"epochs": 2, "batch_size": 4, "ln_matrix": False, "shift": False},
             {"epochs": 4, "batch_size": 4, "ln_matrix": False, "shift": False}),
+        Row("ostquant", {"steps": 2, "batch_size": 4, "symmetric": False},
+            {"steps": 4, "micro_batch": 8, "symmetric": False, "train_weights": False}),
         Row("rsq", {"symmetric": False}, {"symmetric": False, "r_min": 0.1}),
         Row("flexround", {"steps": 6, "lr": 5e-3, "batch_size": 4}, {"steps": 40, "lr": 5e-3, "batch_size": 8}),
         Row("cbq", {"steps": 4, "batch_size": 4, "lr": 1e-2, "scale_lr": 1e-3},
