@@ -30,7 +30,8 @@ class AffineQuantConfig(HfqConfig):
             ranges (with ``clipping=False`` and no epochs: round to nearest).
         shift: also learn shifts; norms without a bias then add one online.
         clipping: learn the range of the weights.
-        attention_bits: width of queries, keys and values; ``None`` is ``activation_bits``.
+        attention_bits: width of queries, keys and values; ``None`` is ``activation_bits``. ``kv_bits`` or a carried
+            ``kv_cache`` decide about keys and values where they are given.
         batch_size: samples a step.
         max_condition: a run whose matrices get worse conditioned starts again with a tenth of ``sf``.
         mixed_precision: run the block in bfloat16; what is learned, inverses and the loss stay in float32.
@@ -38,6 +39,7 @@ class AffineQuantConfig(HfqConfig):
 
     method = "affinequant"
     supports_activation_bits: ClassVar[bool] = True
+    supports_kv_bits: ClassVar[bool] = True
 
     calibration_samples: int = option(128, range=(1, 1 << 20))
     calibration_seqlen: int = option(2048, range=(1, 1 << 20))
@@ -155,10 +157,12 @@ def _attentions(
                           "values cannot be quantized (attention_bits=16 leaves them)", kind="attention")
 
     def attend(block: str) -> None:
-        spec = ActivationSpec(bits=config.attention) if config.attention != 16 else None
         for name, width in widths.items():
             if name.startswith(f"{block}."):
-                attention.install(model, name, attention.AttentionQuant(width, query=spec, key=spec, value=spec))
+                query = ActivationSpec(bits=config.attention)
+                stored = query if config.kv_bits == 16 else ActivationSpec(bits=config.kv_bits)
+                stored = None if config.kv_cache is not None else stored  # the carried method stores them
+                attention.install(model, name, attention.AttentionQuant(width, query=query, key=stored, value=stored))
 
     return attend
 

@@ -21,6 +21,7 @@ from transformers import (
 
 import hfq
 from hfq import graph
+from hfq.calibration.step import Step
 from hfq.calibration.walk import walk
 from hfq.errors import ConfigError, QuantizationError
 from hfq.formats import QuantSpec, affine
@@ -285,6 +286,41 @@ def test_quantized_activations_and_attention_are_saved(tmp_path: Any) -> None:
                                                 for row in report.attached)
 
 
+def test_a_stopped_run_continues_to_the_same_bytes(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"activation_bits": 4, "ln_matrix": True, "epochs": 2}
+    whole = tiny()
+    quantized(whole, **options)
+    swap, seen = Step.swap, []
+
+    def stop(self: Step, site: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(seen) == 9:  # in the second block
+            raise KeyboardInterrupt
+        seen.append(site)
+        return swap(self, site, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "swap", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(tiny(), work_dir=tmp_path, **options)
+    model = tiny()
+    report = quantized(model, work_dir=tmp_path, **options)
+    ours, wanted = model.state_dict(), whole.state_dict()
+    assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], wanted[name]) for name in ours)
+    assert torch.equal(logits(model), logits(whole)) and len(report.packed) == 14
+    assert len([row for row in report.attached if row.module.endswith(CHILD)]) == 4
+
+
+@pytest.mark.parametrize("cache", [{"kv_bits": 3}, {"kv_cache": {"method": "kvquant"}}])
+def test_keys_and_values_have_the_width_or_the_method_that_is_asked_for(cache: dict[str, Any]) -> None:
+    model = tiny()
+    quantized(model, activation_bits=4, epochs=1, **cache)
+    part = model.model.layers[0].self_attn.hfq_attention
+    assert part.query.bits == 4 and part.cache is not None
+    assert part.key.bits == 3 if "kv_bits" in cache else part.kv is not None
+    with torch.no_grad():
+        assert model.generate(ids(1), max_new_tokens=3, do_sample=False).shape == (1, 19)
+
+
 @pytest.mark.must_hold(SLUG, 9)
 def test_a_dead_channel_and_a_constant_row_give_finite_numbers() -> None:
     model = tiny()
@@ -391,7 +427,7 @@ def test_models_whose_attention_is_unknown_refuse_quantized_attention() -> None:
 
 @pytest.mark.parametrize("wrong", [
     {"sf": 2.0}, {"sf": -0.1}, {"epochs": -1}, {"alpha": 1.5}, {"qk_mode": "maybe"}, {"ln_matrix": "yes"},
-    {"attention_bits": 1}, {"batch_size": 0}, {"max_condition": 0.5}, {"kv_bits": 4},
+    {"attention_bits": 1}, {"batch_size": 0}, {"max_condition": 0.5}, {"kv_bits": 9},
 ])
 def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
