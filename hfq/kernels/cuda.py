@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from hfq.kernels import dispatch
+from hfq.kernels import dispatch, kv
 from hfq.kernels.dispatch import ANY_BITS, FLOATS, Case, Row
 from hfq.kernels.packed import Layout, register
-from hfq.kernels.triton import integer, producers, wna16
+from hfq.kernels.triton import cache, integer, producers, wna16
 
 __all__: list[str] = []
 
@@ -54,3 +56,14 @@ dispatch.backend("wnan_codes", "triton")(integer.multiply)
 dispatch.add_rows([
     Row("wnan", "cuda", FLOATS, ANY_BITS, "triton_int", _integers, "triton", _INTEGERS, constraint=True),
 ], before="dequant")
+
+
+def _attend(query: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor | None:
+    return None if wna16.available(query.device) else cache.attend(query, *args, **more)
+
+
+def _append(block: kv.Block, at: int, x: torch.Tensor, *args: Any) -> bool:
+    return not wna16.available(x.device) and cache.append(block, at, x, *args)
+
+
+kv.FUSED["cuda"], kv.APPEND["cuda"] = _attend, _append

@@ -7,7 +7,7 @@ apart: unpacking is one shift and mask a slice, gives whole rows, and works for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -291,6 +291,23 @@ dispatch.add_rows([
     dispatch.Row("kv", "*", (), (*dispatch.ANY_BITS, 16), "*", lambda case: True, "reference", ""),
 ])
 _BACKENDS: dict[str, Any] = {"int8": _Int8, "float": _Float, "reference": _Reference}
+# Kernels of a device type that do all of `attend` (or return None where they cannot), or encode and write a few tokens
+# (or return False).
+FUSED: dict[str, Callable[..., torch.Tensor | None]] = {}
+APPEND: dict[str, Callable[..., bool]] = {}
+
+
+def append(side: Side, at: int, x: torch.Tensor) -> bool:
+    """Encode and write ``x`` ``[batch, heads, tokens, head_dim]`` from token ``at`` on in one kernel, where there is
+    one and the last block has room; else nothing is done."""
+    kernel = APPEND.get(x.device.type)
+    if kernel is None or not side.blocks:
+        return False
+    block = side.blocks[-1]
+    inside = at - sum(other.capacity for other in side.blocks[:-1])
+    if not 0 <= inside <= block.capacity - x.shape[2]:
+        return False
+    return kernel(block, inside, x, side.spec, side.tables)
 
 
 def backend_of(side: Side, query: torch.Tensor, tokens: int, plain: bool = True) -> str:
@@ -328,11 +345,17 @@ def attend(
     Returns:
         ``[batch, kv_heads, queries, head_dim]``, float32.
     """
-    query = query.float() * scaling
-    batch, heads, columns, width = query.shape
     length = tokens + (0 if recent is None else recent[0].shape[2])
     if not length:
         raise KernelError("attention over an empty cache")
+    fused = FUSED.get(query.device.type)
+    if fused is not None and "kv" not in (dispatch.forced() or {}):
+        made = fused(query, key, value, tokens, scaling=scaling, rotary=rotary, mask=mask, softcap=softcap,
+                     recent=recent, sink=sink)
+        if made is not None:
+            return made
+    query = query.float() * scaling
+    batch, heads, columns, width = query.shape
     scores = query.new_empty(batch, heads, columns, length)
     if tokens:
         _BACKENDS[backend_of(key, query, tokens, rotary is None)].scores(query, key, tokens, scores, rotary)

@@ -130,8 +130,9 @@ class KVStore:
             key = self.quant.rotary.undo(key, angles)  # type: ignore[union-attr]
         for name, x in (("key", key), ("value", value)):
             side = self.sides[name]
-            run = codec.encode(unpadded(x, self.start, first, side.spec), side.spec, side.tables)
-            self._write(side, run, first, tokens)
+            x = unpadded(x, self.start, first, side.spec)
+            if not kernels.append(side, first, x):
+                self._write(side, codec.encode(x, side.spec, side.tables), first, tokens)
         self.stored = first + tokens
         self.capacity = sum(block.capacity for block in self.sides["key"].blocks)
 
@@ -196,6 +197,15 @@ class KVStore:
     def rotate(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Stored keys of tokens ``start`` to ``stop`` with their positions."""
         return self.quant.rotary.turn(x, self.positions.range(start, stop), 1)  # type: ignore[union-attr]
+
+    def halves(self) -> bool:
+        """Whether the rotary embedding turns the two halves of a whole head together."""
+        spec = self.quant.rotary
+        return spec is not None and spec.pairing == "half" and spec.start == 0 and spec.size == self.quant.head_dim
+
+    def angles(self, start: int, stop: int) -> Pair:
+        """Cosines and sines of stored tokens, ``[batch or 1, stop - start, size / 2]``."""
+        return self.positions.range(start, stop)  # type: ignore[union-attr]
 
     def _mask(self, mask: torch.Tensor | None, first: int, rows: int, groups: int) -> torch.Tensor | None:
         if mask is None:
