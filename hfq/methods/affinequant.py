@@ -30,6 +30,7 @@ class AffineQuantConfig(HfqConfig):
             ranges (with ``clipping=False`` and no epochs: round to nearest).
         shift: also learn shifts; norms without a bias then add one online.
         clipping: learn the range of the weights.
+        loss: "mse" as published; "token_relative" weighs every token alike where some have massive activations.
         attention_bits: width of queries, keys and values; ``None`` is ``activation_bits``. ``kv_bits`` or a carried
             ``kv_cache`` decide about keys and values where they are given.
         batch_size: samples a step.
@@ -56,6 +57,7 @@ class AffineQuantConfig(HfqConfig):
     maps: str = option("affine", choices=("affine", "diagonal", "none"))
     shift: bool = True
     clipping: bool = True
+    loss: str = option("mse", choices=("mse", "relative", "token_relative"))
     attention_bits: int | None = option(None, range=(2, 8), also=(16,))
     batch_size: int = option(1, range=(1, 4096))
     max_condition: float = option(1e6, range=(1.0, 1e12))
@@ -117,7 +119,7 @@ def quantize(model: Any, data: Any, config: AffineQuantConfig, report: Report) -
         fit = fit_transformed(
             step, transform, epochs=config.passes, lr=config.let_lr, clip_lr=config.lwc_lr, second=targets,
             batch_size=config.batch_size, activations={site.module: _activation(site, config) for site in sites},
-            most_condition=config.max_condition, generator=random,
+            most_condition=config.max_condition, generator=random, loss=config.loss,
             autocast=torch.bfloat16 if config.mixed_precision else None,
         )  # fmt: skip
         report.curves[step.block.name] = [fit.initial, *fit.curve]
