@@ -64,12 +64,12 @@ class KVStore:
             QuantizationError: more tokens than there is room for, or another batch than before.
         """
         batch, _, tokens, _ = key.shape
+        if self.length and batch != self.batch:
+            raise QuantizationError(f"{self.quant.label}: the cache holds {self.batch} sequences, {batch} came")
         if self.max_tokens is not None and self.length + tokens > self.max_tokens:
             raise QuantizationError(f"{self.quant.label}: the cache is allocated for {self.max_tokens} tokens, "
                                     f"{self.length + tokens} are needed: make it with a larger length")
         self.quant.heads = self.quant.heads or key.shape[1]
-        if self.length and batch != self.batch:
-            raise QuantizationError(f"{self.quant.label}: the cache holds {self.batch} sequences, {batch} came")
         self._begin(key, value, mask)
         angles = None if self.quant.exact else self.quant.angles(pair)
         if angles is not None:
@@ -249,7 +249,7 @@ class KVStore:
         for side, name in ((side, name) for name, side in self.sides.items()):
             if keep < length:
                 runs = [codec.decode(kernels.read(side, block, a, b), side.spec, side.tables)
-                        for block, a, b, at in side.tiles(self.stored, side.spec.group_size)
+                        for block, a, b, at in side.tiles(self.stored, self.form.window)
                         if keep <= at < length]
                 x = torch.cat(runs, 2)[:, :, : length - keep]
                 x = self.rotate(x, keep, length) if name == "key" and self.positions is not None else x
