@@ -73,6 +73,36 @@ def _full(
 
 
 @triton.jit
+def _queries(q_at, s_ptr, o_ptr, q_ok, h_ok, channels, D, FOLD: tl.constexpr, DTYPE: tl.constexpr):
+    """Both halves of the queries, and what multiplies the zero points of the keys: their sum.
+
+    FOLD: the stored scales of the channels are in the queries, and the sum is that with the channels' offsets.
+    """
+    ok = q_ok[:, None] & h_ok[None, :]
+    a = tl.load(q_at, mask=ok, other=0.0).to(tl.float32)
+    b = tl.load(q_at + D // 2, mask=ok, other=0.0).to(tl.float32)
+    if FOLD:
+        low = tl.load(o_ptr + channels, mask=h_ok, other=0.0)
+        high = tl.load(o_ptr + channels + D // 2, mask=h_ok, other=0.0)
+        total = tl.sum(a * low[None, :] + b * high[None, :], 1)
+        a *= tl.load(s_ptr + channels, mask=h_ok, other=0.0)[None, :]
+        b *= tl.load(s_ptr + channels + D // 2, mask=h_ok, other=0.0)[None, :]
+        a, b = a.to(DTYPE), b.to(DTYPE)
+    else:
+        a, b = a.to(DTYPE), b.to(DTYPE)  # the sum must be that of what is multiplied
+        total = tl.sum(a.to(tl.float32), 1) + tl.sum(b.to(tl.float32), 1)
+    return a, b, total
+
+
+@triton.jit
+def _turned(a, b, cos_at, sin_at, ok):
+    """The halves of the keys with their rotary embedding."""
+    c = tl.load(cos_at, mask=ok, other=0.0).to(tl.float32)
+    s = tl.load(sin_at, mask=ok, other=0.0).to(tl.float32)
+    return a * c - b * s, b * c + a * s
+
+
+@triton.jit
 def _softmax_step(s, m, total, LOW: tl.constexpr):
     """Online softmax: probabilities ``[Q, TOKENS]``, the factor of what was summed before, new maximum and sum."""
     top = tl.maximum(m, tl.max(s, 1))
@@ -144,18 +174,7 @@ def decode_kernel(
     q_rows, half, value = tl.arange(0, QP), tl.arange(0, HALF), tl.arange(0, DVP)
     q_ok, h_ok, v_ok = q_rows < Q, half < D // 2, value < DV
     q_at = q_ptr + pid.to(tl.int64) * Q * D + q_rows[:, None] * D + half[None, :]
-    qa = tl.load(q_at, mask=q_ok[:, None] & h_ok[None, :], other=0.0).to(tl.float32)
-    qb = tl.load(q_at + D // 2, mask=q_ok[:, None] & h_ok[None, :], other=0.0).to(tl.float32)
-    if K_FOLD:
-        at_a, at_b = h * D + half, h * D + D // 2 + half
-        oa, ob = tl.load(ko_ptr + at_a, mask=h_ok, other=0.0), tl.load(ko_ptr + at_b, mask=h_ok, other=0.0)
-        q_sum = tl.sum(qa * oa[None, :] + qb * ob[None, :], 1)
-        qa *= tl.load(ks_ptr + at_a, mask=h_ok, other=0.0)[None, :]
-        qb *= tl.load(ks_ptr + at_b, mask=h_ok, other=0.0)[None, :]
-        qa, qb = qa.to(DTYPE), qb.to(DTYPE)
-    else:
-        qa, qb = qa.to(DTYPE), qb.to(DTYPE)  # the sum must be that of what is multiplied
-        q_sum = tl.sum(qa.to(tl.float32), 1) + tl.sum(qb.to(tl.float32), 1)
+    qa, qb, q_sum = _queries(q_at, ks_ptr, ko_ptr, q_ok, h_ok, h * D + half, D, K_FOLD, DTYPE)
 
     run = capacity // STEP  # tokens of one run; a program walks over part of it, for every run
     k_ptr += pid.to(tl.int64) * (capacity * KB // 8) * D
@@ -196,10 +215,7 @@ def decode_kernel(
                            k_groups, k_group, K_SLOTS, K_AXIS, K_INT, K_SLOTS, tl.float32)
                 if ROTARY:
                     angle = b * stride_cb + (at + t)[:, None] * stride_ct + half[None, :]
-                    a_ok = t_ok[:, None] & h_ok[None, :]
-                    c = tl.load(cos_ptr + angle, mask=a_ok, other=0.0).to(tl.float32)
-                    s = tl.load(sin_ptr + angle, mask=a_ok, other=0.0).to(tl.float32)
-                    k1, k2 = k1 * c - k2 * s, k2 * c + k1 * s
+                    k1, k2 = _turned(k1, k2, cos_ptr + angle, sin_ptr + angle, t_ok[:, None] & h_ok[None, :])
             scores = tl.dot(qa, tl.trans(k1.to(DTYPE)))
             scores = tl.dot(qb, tl.trans(k2.to(DTYPE)), scores)
             if K_FOLD:
