@@ -44,6 +44,7 @@ ROWS = {
             {"epochs": 4, "batch_size": 4, "ln_matrix": False, "shift": False}),
         Row("ostquant", {"steps": 2, "batch_size": 4, "symmetric": False},
             {"steps": 4, "micro_batch": 8, "symmetric": False, "train_weights": False}),
+        Row("crossquant", {}, {"solver": "gptq", "symmetric": False, "clip": "mse"}),
         Row("rsq", {"symmetric": False}, {"symmetric": False, "r_min": 0.1}),
         Row("flexround", {"steps": 6, "lr": 5e-3, "batch_size": 4}, {"steps": 40, "lr": 5e-3, "batch_size": 8}),
         Row("cbq", {"steps": 4, "batch_size": 4, "lr": 1e-2, "scale_lr": 1e-3},
@@ -151,7 +152,7 @@ def test_same_seed_same_bytes(slug: str) -> None:
 def test_the_fast_kernel_computes_what_the_reference_does(slug: str) -> None:
     model, _ = quantized(slug)
     fast = logits(model)
-    with kernels.use(wna16="reference"):
+    with kernels.use(wna16="reference", wnan="reference"):
         exact = logits(model)
     assert 0 < (fast - exact).norm() <= 2e-2 * exact.norm()  # 16-bit products in fourteen layers
     assert (exact - logits(tiny())).norm() > 5 * (fast - exact).norm()
