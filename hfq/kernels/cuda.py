@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from hfq.formats import ActivationCodes
 from hfq.kernels import dispatch, kv
+from hfq.kernels import producers as any_producers
 from hfq.kernels.dispatch import ANY_BITS, FLOATS, Case, Row
 from hfq.kernels.packed import Layout, register
 from hfq.kernels.triton import cache, integer, producers, wna16
@@ -51,7 +53,6 @@ _INTEGERS = (
     f"rows of at most {integer.LONGEST}"
 )
 register("triton_int", Layout(integer.prepare, integer.canonical, integer.dequantize))
-dispatch.backend("wnan", "triton")(integer.linear)
 dispatch.backend("wnan_codes", "triton")(integer.multiply)
 dispatch.add_rows([
     Row("wnan", "cuda", FLOATS, ANY_BITS, "triton_int", _integers, "triton", _INTEGERS, constraint=True),
@@ -66,4 +67,9 @@ def _append(block: kv.Block, at: int, x: torch.Tensor, *args: Any) -> bool:
     return not wna16.available(x.device) and cache.append(block, at, x, *args)
 
 
+def _quantize(kind: str, x: torch.Tensor, *args: Any, **before: Any) -> ActivationCodes | None:
+    return None if wna16.available(x.device) else producers.serve(kind, x, *args, **before)
+
+
+any_producers.DEVICES["cuda"] = _quantize
 kv.FUSED["cuda"], kv.APPEND["cuda"] = _attend, _append

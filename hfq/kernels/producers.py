@@ -8,6 +8,7 @@ result never reaches memory. Codes are equal to the definition's except where a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,6 +23,19 @@ CHUNK = 1 << 17
 Apply = Callable[[torch.Tensor], torch.Tensor]
 Parameters = activation.Parameters
 
+# Kernels of a device type: ``(kind, x, spec, params, factor, **what comes before) -> codes``; None where they cannot.
+DEVICES: dict[str, Callable[..., ActivationCodes | None]] = {}
+
+
+def _on_device(
+    kind: str, fused: bool | None, x: torch.Tensor, spec: ActivationSpec, params: Parameters | None = None,
+    factor: torch.Tensor | None = None, **before: Any,
+) -> ActivationCodes | None:
+    kernel = DEVICES.get(x.device.type)
+    if kernel is None or fused is False or torch.compiler.is_compiling():
+        return None
+    return kernel(kind, x, spec, params, factor, **before)
+
 
 def quantize_rows(
     x: torch.Tensor, spec: ActivationSpec, params: Parameters | None = None, factor: torch.Tensor | None = None, *,
@@ -34,6 +48,9 @@ def quantize_rows(
         factor: of a format with a factor.
         fused: go over blocks of tokens; default where that is faster.
     """
+    made = _on_device("rows", fused, x, spec, params, factor, multiply=multiply, add=add)
+    if made is not None:
+        return made
     if multiply is None and add is None:
         return _rows(x, None, spec, params, factor, fused)
 
@@ -50,6 +67,9 @@ def hadamard_quant(
     factor: torch.Tensor | None = None, *, fused: bool | None = None,
 ) -> ActivationCodes:
     """Codes of ``transform(x)``: any function of single tokens ``[M, K]``, such as an online Hadamard transform."""
+    made = _on_device("hadamard", fused, x, spec, params, factor, transform=transform)
+    if made is not None:
+        return made
     return _rows(x, transform, spec, params, factor, fused)
 
 
@@ -64,6 +84,10 @@ def norm_quant(
         weight, bias: gain and bias of the norm, ``[K]``.
         scale, shift: modulation of an adaptive norm, ``[K]``.
     """
+    made = _on_device("norm", fused, x, spec, params, weight=weight, bias=bias, eps=eps, mean=mean, scale=scale,
+                      shift=shift)
+    if made is not None:
+        return made
 
     def apply(block: torch.Tensor) -> torch.Tensor:
         y = block.to(torch.float32) if block.dtype != torch.float64 else block
@@ -85,6 +109,9 @@ def act_quant(
     gate: torch.Tensor | None = None, fused: bool | None = None,
 ) -> ActivationCodes:
     """Codes of ``function(x)``, or of ``function(gate) * x`` (SwiGLU and its kin): both ``[M, K]``."""
+    made = _on_device("act", fused, x, spec, params, function=function, gate=gate)
+    if made is not None:
+        return made
     if gate is None:
         return _rows(x, function, spec, params, None, fused)
     width = x.shape[-1]
@@ -117,6 +144,9 @@ def cross_quant(
     inverse = 1 / column.to(torch.float32)
     if alpha is None:
         return quantize_rows(x, spec, multiply=inverse, fused=fused)
+    made = _on_device("cross", fused, x, spec, multiply=inverse, alpha=alpha)
+    if made is not None:
+        return made
     top = x.detach().abs().amax(-1, keepdim=True).to(torch.float32).clamp(min=1e-5)
     scale = top.pow(alpha) / spec.max_code
     codes = (x.to(torch.float32) * inverse * (1 / scale)).round_().clamp_(spec.min_code, spec.max_code)

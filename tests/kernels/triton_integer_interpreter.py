@@ -13,10 +13,12 @@ from hfq import kernels
 from hfq.formats import QuantSpec, affine, bitpack
 from hfq.formats.activation import ActivationSpec, dequantize, quantize
 from hfq.kernels import dispatch, hadamard, reference
+from hfq.kernels import producers as plain
 from hfq.kernels.packed import PackedWeight
 from hfq.kernels.triton import integer, producers
 from hfq.kernels.triton.config import Config
 from hfq.kernels.triton.producers import Front
+from hfq.layers.online import Hadamard
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -25,6 +27,7 @@ FORMATS = [(8, -1, 192), (8, 32, 100), (4, -1, 200), (4, 64, 256), (4, 128, 320)
            (6, 64, 128)]
 WEIGHTS = {"int": {}, "symmetric": {"symmetric": True}, "float": {"zero_point": "float"}}
 ASYMMETRIC, SYMMETRIC = ActivationSpec(8), ActivationSpec(8, symmetric=True)
+ONCE = Hadamard(96, 32, signs=hadamard.random_signs(96))
 
 
 def packed(n, k, *, seed, **fields):
@@ -121,9 +124,8 @@ def test_layers_find_these_kernels():
     weight = packed(40, 128, seed=3, bits=4, group_size=64)
     runtime, x = integer.prepare(weight, torch.float16), activations(3, 128)
     want = reference.linear_int(quantize(x, ASYMMETRIC), weight, None, torch.float64)
-    for name, first in (("wnan", (x,)), ("wnan_codes", (quantize(x, ASYMMETRIC),))):
-        rest = (runtime, None, ASYMMETRIC) if name == "wnan" else (runtime, None, torch.float16)
-        assert error(dispatch.BACKENDS[name, "triton"](*first, *rest), want) <= 1e-3
+    y = dispatch.BACKENDS["wnan_codes", "triton"](quantize(x, ASYMMETRIC), runtime, None, torch.float16)
+    assert error(y, want) <= 1e-3
     case = dispatch.Case("wnan", "cuda", torch.float16, 4, 3, 40, 128, 64, activation=ActivationSpec(8, group_size=32))
     (row,) = (line for line in kernels.table() if (line.op, line.backend) == ("wnan", "triton"))
     assert "one group" in row.why_not(case)
@@ -220,6 +222,27 @@ def test_a_step_from_rows_and_columns():
     torch.testing.assert_close(made.scale, scale, rtol=1e-5, atol=0)
     want = (x / column / scale).round().clamp(-127, 127)
     assert float((made.codes - want).abs().max()) <= 1 and float((made.codes != want).float().mean()) < 1e-2
+
+
+def test_functions_that_serve_every_device_find_these_kernels(monkeypatch):
+    calls = []
+    monkeypatch.setitem(plain.DEVICES, "cpu", lambda *a, **k: calls.append(a[0]) or producers.serve(*a, **k))
+    k = 96
+    x, gate, gain, shift = activations(4, k, 1, torch.float32), torch.randn(4, k), torch.rand(k) + 0.5, torch.randn(k)
+    cases = [
+        lambda **o: plain.quantize_rows(x, ASYMMETRIC, add=shift, **o),
+        lambda **o: plain.norm_quant(x, gain, shift, 1e-5, ASYMMETRIC, mean=True, scale=gain, shift=shift, **o),
+        lambda **o: plain.norm_quant(x, gain, None, 1e-5, SYMMETRIC, mean=False, **o),
+        lambda **o: plain.act_quant(x, functional.silu, SYMMETRIC, gate=gate, **o),
+        lambda **o: plain.cross_quant(x, gain, SYMMETRIC, alpha=0.15, **o),
+    ]
+    for case in cases:
+        same_codes(case(), case(fused=False), 5e-3)
+    same_codes(plain.hadamard_quant(x, ONCE, ASYMMETRIC), quantize(ONCE(x), ASYMMETRIC), 5e-3)
+    same_codes(plain.hadamard_quant(x, lambda y: -y, ASYMMETRIC), quantize(-x, ASYMMETRIC))
+    assert calls == ["rows", "norm", "norm", "act", "cross", "hadamard", "hadamard"]
+    assert producers.serve("act", x, ASYMMETRIC, None, None, function=torch.sin, gate=None) is None
+    assert producers.serve("rows", x, ActivationSpec(8, group_size=32), None, None) is None
 
 
 ORDERS = [(64, 64), (64, 192), (128, 128), (12, 48), (48, 48), (96, 96), (1, 5), (160, 320)]

@@ -1,7 +1,6 @@
 """Integer products on NVIDIA GPUs: weights of 1 to 8 bits, activations of 2 to 8 bits, int8 tensor cores.
 
-Entry points: :func:`constraint`, :func:`prepare`, :func:`canonical`, :func:`dequantize`, :func:`linear` (floats in) and
-:func:`multiply` (codes in).
+Entry points: :func:`constraint`, :func:`prepare`, :func:`canonical`, :func:`dequantize`, :func:`multiply` (codes in).
 
 Weights of up to four bits lie in half bytes: they cost half the memory traffic of eight bits and the same arithmetic,
 since no Hopper GPU multiplies four-bit numbers. Activations of four bits are held in bytes and gain nothing in speed.
@@ -18,7 +17,7 @@ import torch
 
 from hfq.errors import KernelError
 from hfq.formats import bitpack
-from hfq.formats.activation import ActivationCodes, ActivationSpec, Parameters
+from hfq.formats.activation import ActivationCodes, ActivationSpec
 from hfq.kernels import reference
 from hfq.kernels.packed import PackedWeight, Runtime
 from hfq.kernels.triton import config as configs
@@ -30,8 +29,7 @@ from hfq.kernels.triton.producers import ShiftedCodes
 from hfq.kernels.triton.wna16 import _device, _group, _same_strides, _strides, available
 
 __all__ = [
-    "available", "canonical", "config_of", "constraint", "dequantize", "linear", "multiply", "prepare", "run",
-    "unit_of",
+    "available", "canonical", "config_of", "constraint", "dequantize", "multiply", "prepare", "run", "unit_of",
 ]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -96,15 +94,6 @@ def multiply(x: ActivationCodes, runtime: Runtime, bias: torch.Tensor | None, dt
         return torch.empty(0, runtime.out_features, dtype=dtype, device=x.codes.device)
     with torch.cuda.device_of(x.codes):
         return run(producers.shift(x), runtime, bias, dtype, config_of(runtime, x.codes.shape[0]))
-
-
-def linear(
-    x: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None, spec: ActivationSpec,
-    params: Parameters | None = None, factor: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Quantize ``x`` ``[M, in_features]`` and multiply: ``[M, out_features]``, dtype of ``x``."""
-    codes = producers.quantize_rows(x, spec, params, factor, unit=unit_of(runtime))
-    return multiply(codes, runtime, bias, x.dtype)
 
 
 def unit_of(runtime: Runtime) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -16,9 +16,10 @@ from hfq.errors import KernelError
 from hfq.formats.activation import ActivationCodes, ActivationSpec, Parameters, row_parameters
 from hfq.kernels import hadamard
 
-__all__ = ["Front", "ShiftedCodes", "constraint", "mix", "quantize_rows", "shift", "unit_sums"]
+__all__ = ["Front", "ShiftedCodes", "constraint", "mix", "quantize_rows", "serve", "shift", "unit_sums"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ACTS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 LONG, CHUNK = 8192, 4096  # rows above the first are read in parts of the second
 ALIGN = 128  # rows of codes take a multiple of it: enough for every weight layout
@@ -215,6 +216,54 @@ def quantize_rows(
             jit.rows_kernel[(-(-m // rows),)](*tensors, m, *sizes, ROWS=rows, COLUMNS=columns, **constants,
                                               num_warps=warps)
     return out
+
+
+_FUNCTIONS = {
+    torch.nn.functional.silu: "silu", torch.nn.functional.gelu: "gelu", torch.nn.functional.relu: "relu",
+    torch.relu: "relu",
+}
+
+
+def serve(
+    kind: str, x: torch.Tensor, spec: ActivationSpec, params: Parameters | None, factor: torch.Tensor | None,
+    **before: Any,
+) -> ShiftedCodes | None:
+    """What the functions of :mod:`hfq.kernels.producers` ask for; ``None`` where no kernel does it."""
+    whole = spec.dynamic and spec.granularity == "tensor"
+    if constraint(spec) or x.dim() != 2 or x.dtype not in _FLOATS or torch.is_grad_enabled() and x.requires_grad:
+        return None
+    if kind == "hadamard":
+        transform = before["transform"]
+        order, signs = getattr(transform, "order", None), getattr(transform, "signs", None)
+        core, power = (1, 1) if not isinstance(order, int) else hadamard.decompose(order)
+        if whole or not isinstance(order, int) or tile_of_mix(x.shape[1] // order, core, power) is None:
+            return quantize_rows(transform(x), spec, params, factor)
+        return mix(x, order, spec, params, factor, signs=signs)  # type: ignore[return-value]
+    front = _front(kind, x, before)
+    if front is None or (whole and front != Front()) or (front.exponent != 1.0 and not spec.symmetric):
+        return None
+    source = x if kind != "act" or before["gate"] is None else before["gate"]
+    return quantize_rows(source, spec, params, factor, front=front)
+
+
+def _front(kind: str, x: torch.Tensor, before: dict[str, Any]) -> Front | None:
+    """The description of what comes before the codes."""
+    if kind == "act":
+        act = _FUNCTIONS.get(before["function"])
+        times = None if before["gate"] is None else x
+        return None if act is None else Front(act=act, times=times)  # type: ignore[arg-type]
+    mul, add = before.get("multiply"), before.get("add")
+    if kind == "norm":
+        scale, add = before["scale"], before["shift"]
+        mul = None if scale is None else 1 + scale.float()
+    if add is not None and mul is None:
+        mul = torch.ones_like(add)
+    if kind == "norm":
+        return Front(
+            norm="layer" if before["mean"] else "rms", gain=before["weight"], centre=before["bias"], eps=before["eps"],
+            mul=mul, add=add,
+        )
+    return Front(mul=mul, add=add, exponent=before.get("alpha", 1.0))
 
 
 def tile_of(columns: int, m: int) -> tuple[int, int]:

@@ -64,7 +64,7 @@ def grid_of(
     """Scale and zero point (float32) of rows with these extremes. POWER: the range is ``reach ** exponent``."""
     if SYMMETRIC:
         bad = high >= _INFINITY
-        reach = tl.maximum(high.to(tl.float32, bitcast=True), _LEAST)
+        reach = tl.maximum(high.to(tl.float32, bitcast=True), 1e-5 if POWER else _LEAST)
         if POWER:
             reach = tl.exp2(exponent * tl.log2(reach))
         if FACTOR:
