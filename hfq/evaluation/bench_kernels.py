@@ -232,8 +232,25 @@ def _cuda(options: Options) -> Iterator[Row]:
         )
 
 
+def _cuda_integer(options: Options) -> Iterator[Row]:
+    """Integer products with the quantization of their input, producers, and attention over packed keys and values."""
+    from hfq.kernels.triton import benchmark_integer
+
+    for case in benchmark_integer.cases():
+        op, bits, group, m, n, k = case
+        head = Row(op, bits, group, m, n, k, "bf16", "triton", "", device="cuda")
+        if not options.wants(head) or (options.quick and (m > 16 or n * k > 2**24)):
+            continue
+        found = benchmark_integer.run_case(case)
+        yield Row(
+            op, bits, group, m, n, k, "bf16", "triton", found["config"], us=found["us"], baseline_us=found["base_us"],
+            ratio=found.get("ratio"), error=found["relerr"], target=found["target"], ok=found["ok"], device="cuda",
+            floor_us=found["floor_us"], library_us=found.get("library_us"),
+        )
+
+
 # What is measured on a device: add to the list of a device to have more operations in the table.
-SUITES: dict[str, list[Callable[[Options], Iterator[Row]]]] = {"cpu": [_cpu, _integer], "cuda": [_cuda]}
+SUITES: dict[str, list[Callable[[Options], Iterator[Row]]]] = {"cpu": [_cpu, _integer], "cuda": [_cuda, _cuda_integer]}
 
 
 def run(

@@ -47,6 +47,8 @@ class Row:
     target: float | None = None
     ok: str = ""
     device: str = "cpu"
+    floor_us: float | None = None  # what the memory or the arithmetic of the device takes at least
+    library_us: float | None = None  # the vendor's product of integers alone
 
     @property
     def label(self) -> str:

@@ -138,7 +138,8 @@ def test_attention_is_that_over_the_decoded_tokens(name: str, backend: str, monk
 
 
 @pytest.mark.skipif(not INT8, reason="integer products need AVX512")
-@pytest.mark.parametrize("name", ["token", "two bits", "three bits", "eight bits", "all heads", "integer zero", "channel"])
+@pytest.mark.parametrize("name", ["token", "two bits", "three bits", "eight bits", "all heads", "integer zero",
+                                  "channel"])
 def test_uniform_codes_are_read_by_integer_products(name: str) -> None:
     key, value, query = random(1, 2, 512, 16), random(1, 2, 512, 16, seed=1), random(1, 2, 4, 16, seed=2)
     keys, values = side(KEYS[name], key, []), side(SIDES.get(name, SideSpec(4)), value, [])

@@ -267,3 +267,23 @@ def test_hadamard_static_grid():
     static = ActivationSpec(8, granularity="tensor", dynamic=False)
     want = quantize(hadamard.transform(x.float(), 64), static, params)
     same_codes(producers.mix(x, 64, static, params), want, 5e-3)
+
+
+@pytest.mark.parametrize("case", [
+    ("wnan", 8, -1, 17, 64, 64), ("wnan", 4, 128, 1, 64, 256), ("silu_mul", 8, -1, 2, 0, 64),
+    ("hadamard", 8, -1, 2, 0, 64), ("kv_pre_rope", 3, 0, 1, 64, 32),
+], ids=lambda case: case[0])
+def test_benchmark_cases_are_right_before_they_are_timed(case, monkeypatch):
+    from hfq.kernels.triton import benchmark_integer as bench
+
+    half, plain_randn = torch.float16, torch.randn  # the interpreter has no bfloat16
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "baseline", lambda n, k, x: 10.0)
+    monkeypatch.setattr(bench.tune, "copies_for", lambda nbytes, device: 1)
+    monkeypatch.setattr(bench.tune, "graph_time", lambda calls: float(calls[0]() is None) + 5.0)
+    monkeypatch.setattr(torch, "bfloat16", half)
+    monkeypatch.setattr(torch, "randn", lambda *size, **more: plain_randn(*size, **more))
+    row = bench.run_case(case)
+    assert row["ok"] in ("", "y", "n") and row["us"] == 5.0 and row["floor_us"] > 0, row
+    wanted = {"wnan", "rows", "rmsnorm", "silu_mul", "hadamard", "kv", "kv_table", "kv_pre_rope"}
+    assert {c[0] for c in bench.cases()} == wanted
