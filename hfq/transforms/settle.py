@@ -21,7 +21,7 @@ from hfq.graph.proof import relative_error
 from hfq.graph.read import Plan
 from hfq.layers.attached import ScaledSiLU, install_scaled
 from hfq.layers.online import Hadamard, install_rotation
-from hfq.report import Report
+from hfq.report import Report, Row
 from hfq.transforms.rotate import TOLERANCE, online_input, outputs_of
 from hfq.transforms.sites import Stream, TransformSet
 
@@ -73,7 +73,9 @@ def settle(
             online[name] = online_input(site, signs=False)
     for name, key in transforms.activations.items():
         scale = transforms.transforms[key]().detach()
-        install_scaled(model, name, ScaledSiLU(scale.numel(), scale))
+        part = ScaledSiLU(scale.numel(), scale)
+        install_scaled(model, name, part)
+        _count(report, name, "activation with a scale", part)
     for stream in transforms.streams:
         _stream(model, transforms, stream, (ends or {}).get(stream.pair.place), before, call, untie, place, report)
     if before is not None and call is not None:
@@ -82,6 +84,14 @@ def settle(
             raise QuantizationError(f"the transforms change the model's output by {error:.1e}: load the model again "
                                     "and switch off rotations or scales one by one")
     return online
+
+
+def _count(report: Report | None, name: str, what: str, part: nn.Module) -> None:
+    """A row for a float part: its bits belong to the packed weights beside it."""
+    if report is not None:
+        numel = sum(p.numel() for p in part.parameters())
+        bits = 8 * sum(p.nbytes for p in part.parameters()) / numel
+        report.add(Row(name, kind="part", status="attached", reason=what, bits=bits, numel=numel))
 
 
 def _stream(
@@ -105,7 +115,9 @@ def _stream(
             reason = f"rotating {', '.join(ends.modules)} changes the model's output by {error:.1e}"
     if reason and report is not None:
         report.note(f"the rotation of {stream.pair.place} is not folded into embedding and head: {reason}")
-    install_rotation(model, stream.first, stream.last, "dense", {"matrix": rotation.float()})
+    made = install_rotation(model, stream.first, stream.last, "dense", {"matrix": rotation.float()})
+    for name, part in zip((stream.first, stream.last), made, strict=True):
+        _count(report, f"{name}.hfq_rotation_{part.side}", "rotation of the residual stream", part)
 
 
 def _separate(model: nn.Module, ends: Ends, untie: Untie | None) -> str:

@@ -260,6 +260,9 @@ def test_the_rotation_can_stay_beside_tied_embeddings(tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(model)) and again.config.tie_word_embeddings
     assert hasattr(again.model.layers[0], "hfq_rotation_in")
+    parts = report.attached  # what is stored for it is counted
+    assert sum(row.numel for row in parts) == 2 * 64 * 64 and {row.bits for row in parts} == {32.0}
+    assert report.bits_per_weight() > quantized(tiny(), activation_bits=8)[1].bits_per_weight() + 1
 
 
 @pytest.mark.parametrize("options", [
