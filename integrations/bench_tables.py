@@ -44,6 +44,8 @@ def affine() -> list[Case]:
             case(f"scales and ranges only, {label}", "affinequant", **grid, maps="diagonal", epochs=20),
             case(f"AffineQuant, {label}", "affinequant", **grid, epochs=20),
         ]
+    # Full matrices after the norms run online and are stored: with small hidden sizes that is as much as the weights.
+    rows.append(case("AffineQuant without online matrices, W3A16", "affinequant", bits=3, ln_matrix=False, epochs=20))
     return rows
 
 
