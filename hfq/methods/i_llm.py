@@ -78,20 +78,32 @@ class ILLMConfig(HfqConfig):
 
 def quantize(model: Any, data: Any, config: ILLMConfig, report: Report) -> None:
     """Read and prove the decoder, smooth and measure every block, and put the integer decoder in its place."""
-    from hfq.calibration.walk import walk
+    from hfq.calibration.walk import generator, walk
+    from hfq.layers import attention
     from hfq.reconstruction.integer import attention_ranges
+    from hfq.reconstruction.smoothing import Learning, smooth_block
 
     if any(p.is_meta for p in model.parameters()):
         raise QuantizationError("i_llm needs the whole model in memory: load it without offloading")
     plan, pairs, decoder = _read(model, data, config)
     packer = _packer(decoder, config, report)
     names = {block.name: block for block in decoder.blocks}
+    learning = Learning(
+        epochs=config.epochs, lr=config.lr, clip_lr=config.clip_lr, batch_size=config.batch_size, alpha=config.alpha,
+        activation_bits=config.activation_bits, kv_bits=packer.numbers.kv_bits,
+    )
     streams = ("quantized", "float") if config.epochs else ("quantized",)
     for step in walk(plan, data, streams=streams, report=report, **config.walk_options()):
         block = names[step.block.name]
-        steps = _smooth(step, block, pairs, config, report)
+        steps = smooth_block(
+            model, step, block, [pair for pair in pairs if pair.place == block.name], config.spec_for, learning,
+            generator=generator(config.seed, step.index), report=report,
+        )
         tokens = sum(step.hidden(i)[..., 0].numel() for i in range(len(step)))
         packer.block(block, attention_ranges(decoder, block, step), steps, tokens)
+        if config.epochs:
+            packer.follow(step, block)
+    attention.uninstall(model)
     environment = config._environment
     if environment is not None and environment.untie is not None:
         environment.untie(model, decoder.head)
@@ -151,21 +163,3 @@ def _packer(decoder: Any, config: ILLMConfig, report: Report) -> Any:
         lambda weight, spec: nearest.grid_of(weight, spec, clip=config.weight_clip)[0][:, 0],
         config.qk_alpha, report,
     )
-
-
-def _smooth(step: Any, block: Any, pairs: Any, config: ILLMConfig, report: Report) -> dict[str, Any]:
-    """Smooth a block in place; the learned sizes of weight codes by site, if any."""
-    from hfq.reconstruction.block_transform import BlockTransform, Options
-
-    learned = config.epochs > 0
-    options = Options(
-        norm="vector", value="vector", query="vector" if learned else "off", product="vector",
-        gate="vector" if learned else "off", shift=False, alpha=config.alpha, heads="first", clip=learned,
-    )
-    transform = BlockTransform(step, pairs, config.spec_for, options)
-    for what, reason in transform.reasons.items():
-        report.note(f"{what} is not scaled: {reason}")
-    codes = transform.freeze()
-    gates = [one.pair.activation for one in transform.maps if one.pair.kind == "gate"]
-    block.scale = gates[0] if gates else None
-    return {name: one.scale[:, 0].float() for name, one in codes.items()} if learned else {}

@@ -110,6 +110,19 @@ class Packer:
         self.blocks[block.name.rpartition(".")[2]] = made
         return made
 
+    @torch.no_grad()
+    def follow(self, step: Any, block: DecoderBlock) -> None:
+        """Give the float weights of a block the values of their codes, so that the blocks after see its error."""
+        made = self.blocks[block.name.rpartition(".")[2]]
+        for role in made.roles:
+            part = made.part(role)
+            if isinstance(part, IntegerMatrix):
+                value = part.dequantize()
+                if role == "value":
+                    value *= self._value_units(made.hfq_grids).repeat_interleave(block.size)[:, None]
+                weight = self.decoder.model.get_submodule(getattr(block, role)).weight
+                weight.copy_(value)  # type: ignore[operator, union-attr]
+
     def _roles(self, block: DecoderBlock) -> dict[str, str]:
         names = {"norm1": block.norm1.name, "query": block.query, "key": block.key, "value": block.value,
                  "query_norm": block.query_norm and block.query_norm.name,
