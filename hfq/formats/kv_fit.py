@@ -53,8 +53,5 @@ def tables(
         learned: k-means; else the quantiles of a normal distribution.
     """
     values = values.clamp(-1, 1)
-    if learned:
-        table = codebook.fit(values, bits, weights, seed=seed, iterations=iterations)
-    else:
-        table = codebook.normal(bits)
+    table = codebook.fit(values, bits, weights, seed=seed, iterations=iterations) if learned else codebook.normal(bits)
     return table, codebook.corrected(values, table) if keep_moments else table

@@ -67,6 +67,10 @@ class KVQuantConfig(HfqConfig):
         if self.kv_bits != 16:
             self.form()
 
+    @property
+    def keeps_moments(self) -> bool:
+        return self.kv_bits <= 2 if self.qnorm is None else self.qnorm
+
     def form(self) -> Any:
         """The format of the cache."""
         from hfq.formats.kv import KVFormat, SideSpec
@@ -122,7 +126,7 @@ def fit(found: Any, place: Any, form: Any, config: KVQuantConfig) -> tuple[dict[
             weights = None if weight is None else (weight * scale.square())[kept]
             table, decode = kv_fit.tables(
                 scaled[kept], weights, spec.bits, learned=config.datatype == "nuq", seed=config.seed,
-                iterations=config.iterations, keep_moments=config.kv_bits <= 2 if config.qnorm is None else config.qnorm,
+                iterations=config.iterations, keep_moments=config.keeps_moments,
             )
             tables |= {f"{side}_encode": table, f"{side}_decode": decode}
             errors[f"{side}_outliers"] = round(1 - float(kept.float().mean()), 6)

@@ -68,7 +68,8 @@ def test_the_arrangement_is_recognised(spec: RotarySpec) -> None:
 def test_no_positions_are_recognised_too_and_others_refused() -> None:
     spec = SPECS[0]
     for model, given, match in (
-        (Toy(None), None, None), (Toy(spec, after=True), pair(spec), "not understood"), (Toy(None, True), None, "enter"),
+        (Toy(None), None, None), (Toy(spec, after=True), pair(spec), "not understood"),
+        (Toy(None, True), None, "enter"),
     ):
         whole = nn.ModuleDict({"a": model})
 
