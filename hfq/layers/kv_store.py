@@ -207,15 +207,6 @@ class KVStore:
         """Cosines and sines of stored tokens, ``[batch or 1, stop - start, size / 2]``."""
         return self.positions.range(start, stop)  # type: ignore[union-attr]
 
-    def angles(self, start: int, stop: int) -> Pair:
-        """Cosines and sines ``[batch or 1, stop - start, size / 2]`` of the rotary embedding of stored tokens."""
-        return self.positions.range(start, stop)  # type: ignore[union-attr]
-
-    def halves(self) -> bool:
-        """Whether the two halves of a whole head are turned together."""
-        spec = self.quant.rotary
-        return spec is not None and (spec.start, spec.size, spec.pairing) == (0, self.quant.head_dim, "half")
-
     def _mask(self, mask: torch.Tensor | None, first: int, rows: int, groups: int) -> torch.Tensor | None:
         if mask is None:
             return None

@@ -337,7 +337,8 @@ def test_quality_on_a_trained_model(small_lm: Any) -> None:
     base = perplexity(model, windows)
     found = {}
     for bits, name, options in (
-        (4, "own", {}), (3, "own", {}), (3, "token", TOKEN), (3, "grouped", GROUPED), (2, "own", {}), (2, "token", TOKEN),
+        (4, "own", {}), (3, "own", {}), (3, "token", TOKEN), (3, "grouped", GROUPED), (2, "own", {}),
+        (2, "token", TOKEN),
     ):
         hfq.quantize(model, hfq.KVQuantConfig(kv_bits=bits, **common, **options), data)
         found[bits, name] = perplexity(model, windows)
