@@ -69,7 +69,33 @@ def cross() -> list[Case]:
     return rows
 
 
+# Few steps from round to nearest; the published learning rates are for hundreds of steps a window and a soft rounding.
+LEARNED = {
+    "steps": 100, "batch_size": 4, "straight": True, "rounding": "full", "lr": 3e-2, "scale_lr": 1e-3,
+    "mixed_precision": True,
+}
+# Blocks that windows hold twice are optimised twice: single blocks get the steps of two windows.
+SINGLE = {**LEARNED, "window": 1, "overlap": 0, "steps": 200}
+
+
+def windows() -> list[Case]:
+    """Windows of blocks against single blocks with as many optimiser steps a block, and against nearest."""
+    rows = []
+    for label, grid in (
+        ("W4A16", {"bits": 4}), ("W2A16", {"bits": 2}), ("W4A4", {"bits": 4, "activation_bits": 4, "group_size": -1}),
+    ):
+        start = {"steps": 0, "truncate": False, "smooth": False, "rounding": "nearest"}
+        rows += [
+            case(f"round to nearest, {label}", "cbq", **grid, **start),
+            case(f"single blocks, {label}", "cbq", **grid, **SINGLE),
+            case(f"CBQ, {label}", "cbq", **grid, **LEARNED),
+        ]
+    rows.append(case("CBQ with rank 5, W2A16", "cbq", bits=2, **{**LEARNED, "rounding": "lowrank"}))
+    return rows
+
+
 TABLES: dict[str, list[Case]] = {
     "affine": affine(),
     "cross": cross(),
+    "windows": windows(),
 }
