@@ -287,8 +287,8 @@ dispatch.add_rows([
     dispatch.Row("kv", "cpu", (), dispatch.ANY_BITS, "*", _plain, "int8",
                  "takes uniform codes with one scale a token or stored channel, read as they are, for up to 64 queries "
                  "a head, on AVX512 or AMX"),
-    dispatch.Row("kv", "*", (), (*dispatch.ANY_BITS, 16), "*", lambda case: True, "float", ""),
-    dispatch.Row("kv", "*", (), (*dispatch.ANY_BITS, 16), "*", lambda case: True, "reference", ""),
+    dispatch.Row("kv", "*", (), (*dispatch.ANY_BITS, 16), "*", lambda case: True, "float", "serves every format"),
+    dispatch.Row("kv", "*", (), (*dispatch.ANY_BITS, 16), "*", lambda case: True, "reference", "serves every format"),
 ])
 _BACKENDS: dict[str, Any] = {"int8": _Int8, "float": _Float, "reference": _Reference}
 # Kernels of a device type that do all of `attend` (or return None where they cannot), or encode and write a few tokens
