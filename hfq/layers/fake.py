@@ -32,7 +32,7 @@ def fake_inputs(
         QuantizationError: a factor or stored parameters are missing, or given for a grid that takes none.
     """
     factors, params = factors or {}, params or {}
-    handles = []
+    handles, memo = [], _Memo()
     try:
         for module, spec in modules.items():
             if spec is None:
@@ -41,18 +41,44 @@ def fake_inputs(
                 what = "a factor" if spec.dynamic else "stored parameters"
                 raise QuantizationError(f"{type(module).__name__}: {what} and its activation format do not agree")
             handles.append(module.register_forward_pre_hook(
-                _hook(spec, params.get(module), factors.get(module)), with_kwargs=True))
+                _hook(spec, params.get(module), factors.get(module), memo), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(spec: ActivationSpec, params: activation.Parameters | None, factor: torch.Tensor | None) -> Any:
+class _Memo:
+    """The last tensor that was quantized: layers that read one tensor on one grid share the result.
+
+    A layer that asks a second time gets a fresh one: the gradients of two passes must not meet in one graph.
+    """
+
+    def __init__(self) -> None:
+        self.source: torch.Tensor | None = None
+        self.result: torch.Tensor | None = None
+        self.key: Any = None
+        self.served: set[int] = set()
+
+    def fake(self, module: nn.Module, x: torch.Tensor, spec: ActivationSpec) -> torch.Tensor:
+        key = (spec, x._version, torch.is_grad_enabled())
+        if self.source is not x or self.key != key or self.result is None or id(module) in self.served:
+            self.source, self.key, self.result, self.served = x, key, activation.fake(x, spec), set()
+        self.served.add(id(module))
+        return self.result
+
+
+def _hook(
+    spec: ActivationSpec, params: activation.Parameters | None, factor: torch.Tensor | None, memo: _Memo
+) -> Any:
+    def fake(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        shared = params is None and factor is None
+        return memo.fake(module, x, spec) if shared else activation.fake(x, spec, params, factor)
+
     def quantize(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
-            return (activation.fake(args[0], spec, params, factor), *args[1:]), kwargs
+            return (fake(module, args[0]), *args[1:]), kwargs
         name = next(iter(kwargs))
-        return args, {**kwargs, name: activation.fake(kwargs[name], spec, params, factor)}
+        return args, {**kwargs, name: fake(module, kwargs[name])}
 
     return quantize

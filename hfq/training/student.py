@@ -89,7 +89,10 @@ class Student:
         found = self.transform(self.transform.names(block))
         if self.shape is not None:
             found = {name: self.shape(name, weight, begin) for name, weight in found.items()}
-        return {name: weight.to(self.transform.parameter(name).dtype) for name, weight in found.items()}
+        # What products read is cast here, once, instead of in every pass.
+        own = {name: self.transform.parameter(name).dtype for name in found}
+        product = {name: self.autocast for name, t in found.items() if self.autocast is not None and t.dim() > 1}
+        return {name: weight.to({**own, **product}[name]) for name, weight in found.items()}
 
     def _shared(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Rotations of the streams and scales of activations: used beside the weights."""

@@ -40,3 +40,23 @@ def test_factors_and_static_parameters_get_gradients():
 def test_what_is_missing_is_said(spec):
     with pytest.raises(QuantizationError, match="do not agree"), fake_inputs({nn.Linear(4, 4): spec}):
         pass
+
+
+def test_layers_that_read_one_tensor_share_its_grid_and_passes_do_not():
+    x = torch.randn(5, 8, requires_grad=True)
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    calls = []
+    plain = activation.fake
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activation, "fake", lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs))
+        with fake_inputs({first: ActivationSpec(4), second: ActivationSpec(4)}):
+            (first(x) + second(x)).sum().backward()
+            assert len(calls) == 1
+            (first(x) + second(x)).sum().backward()  # a graph of its own
+            assert len(calls) == 2
+            with torch.no_grad():
+                x.mul_(3)
+            assert torch.equal(first(x), nn.functional.linear(plain(x, ActivationSpec(4)), first.weight, first.bias))
+        with fake_inputs({first: ActivationSpec(4), second: ActivationSpec(3)}):
+            first(x), second(x)
+    assert len(calls) == 5
