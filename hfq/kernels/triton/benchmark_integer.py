@@ -50,7 +50,7 @@ def cases() -> list[tuple[str, int, int, int, int, int]]:
 def run_case(case: tuple[str, int, int, int, int, int]) -> dict[str, Any]:
     """Measure one case: a row with ``us``, ``base_us``, ``ratio``, ``floor_us``, ``relerr``, ``target``, ``ok``."""
     op = case[0]
-    row = dict(zip(("op", "bits", "group", "m", "n", "k"), case, strict=True))
+    row: dict[str, Any] = dict(zip(("op", "bits", "group", "m", "n", "k"), case, strict=True))
     with torch.inference_mode():
         found = _product(case) if op == "wnan" else _cache(case) if op.startswith("kv") else _producer(case)
     row |= found
