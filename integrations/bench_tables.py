@@ -94,8 +94,27 @@ def windows() -> list[Case]:
     return rows
 
 
+def integer() -> list[Case]:
+    """Integer-only models, embedding and head included: three widths, and what each part of the arithmetic costs."""
+    grid = {"group_size": -1, "symmetric": True}
+    start, learned = {**grid, "epochs": 0}, {**grid, "epochs": 20}
+    rows = [
+        case("I-LLM from analytic scales, W8A8, integer only", "i_llm", **start),
+        case("the same without smoothing", "i_llm", **start, alpha=0.0, qk_alpha=1.0),
+        case("the same, 16-bit inputs of softmax and gated unit", "i_llm", **start, nonlinear_bits=16),
+        case("the same, 8-bit probabilities", "i_llm", **start, probability_bits=8),
+        case("I-LLM, W8A8, integer only", "i_llm", **learned),
+    ]
+    for bits in (6, 4):
+        width = {"bits": bits, "activation_bits": bits, "weight_clip": "mse"}
+        rows.append(case(f"I-LLM from analytic scales, W{bits}A{bits}, integer only", "i_llm", **start, **width))
+        rows.append(case(f"I-LLM, W{bits}A{bits}, integer only", "i_llm", **learned, **width))
+    return rows
+
+
 TABLES: dict[str, list[Case]] = {
     "affine": affine(),
     "cross": cross(),
+    "integer": integer(),
     "windows": windows(),
 }

@@ -54,6 +54,8 @@ ROWS = {
     )
 }
 CALIBRATED = [slug for slug in ROWS if slug != "rtn"]
+# Without layers that stay float or can be packed one by one: their own files hold these checks in another form.
+INTEGER_ONLY = {"i_llm"}
 COMMON = {"group_size": 32, "calibration_samples": 12, "calibration_seqlen": 16, "progress": False}
 
 
@@ -92,7 +94,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_every_available_method_has_a_row() -> None:
-    assert set(ROWS) == {slug for slug, method in hfq.methods().items() if method.available}
+    assert set(ROWS) | INTEGER_ONLY == {slug for slug, method in hfq.methods().items() if method.available}
 
 
 @pytest.mark.parametrize("slug", ROWS)
