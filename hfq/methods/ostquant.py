@@ -42,7 +42,7 @@ class OSTQuantConfig(HfqConfig):
         mixed_precision: bfloat16 products in training.
         recompute: gradient checkpointing.
         rounding: "gptq" on the first ``rounding_samples`` rows with float activations, or "nearest".
-        percdamp, clip, clip_norm, clip_grid, act_order, refine: of the rounding.
+        percdamp, clip, clip_norm, clip_grid, weigh_clip, act_order, static_groups, refine: of the rounding.
     """
 
     method = "ostquant"
@@ -81,14 +81,16 @@ class OSTQuantConfig(HfqConfig):
     clip: str = option("mse", choices=("none", "mse"))
     clip_norm: float = option(2.4, range=(0.5, 8.0))
     clip_grid: int = option(100, range=(1, 1000))
+    weigh_clip: bool = option(False)
     act_order: bool = option(False)
+    static_groups: bool = option(False)
     refine: int = option(0, range=(0, 100))
 
     def check(self) -> None:
         if self.kv_bits == 1:
             raise ConfigError("kv_bits=1: ostquant quantizes keys and values to 2 bits at least")
-        if self.act_order and self.group_size > 0:
-            raise ConfigError("act_order=True with groups: columns would be taken out of order; use group_size=-1")
+        if self.act_order and self.group_size > 0 and not self.static_groups:
+            raise ConfigError("act_order=True with groups needs static_groups=True: columns are taken out of order")
 
     def activation_for(self, name: str, group_size: int = -1) -> Any:
         """Grid of the input of the layer ``name``, ``None`` if it stays float."""
@@ -179,7 +181,8 @@ def _round(plan: Any, data: Any, online: Any, inputs: Any, config: OSTQuantConfi
     from hfq.reconstruction.direct import nearest_block, pack_outside
 
     grid = {"clip": config.clip, "norm": config.clip_norm, "grid": config.clip_grid}
-    solver = Solver(percdamp=config.percdamp, act_order=config.act_order, refine=config.refine, **grid)
+    names = ("percdamp", "weigh_clip", "act_order", "static_groups", "refine")
+    solver = Solver(**{name: getattr(config, name) for name in names}, **grid)
     nearest = config.rounding == "nearest"
     rows = first_rows(data, 1 if nearest else config.rounding_samples)
     for step in walk(plan, rows, report=report, **config.walk_options()):

@@ -24,11 +24,13 @@ class Saved:
     Args:
         path: of the file; its folder is made if missing.
         fingerprint: what the result depends on; JSON values.
-        every: steps between two writes. The last step is always written.
+        every: steps between two writes, default :attr:`EVERY`. The last step is always written.
     """
 
-    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], every: int = 10) -> None:
-        self.path, self.every = Path(path), max(1, every)
+    EVERY = 10
+
+    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], every: int | None = None) -> None:
+        self.path, self.every = Path(path), max(1, every or self.EVERY)
         self.fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
 
     def load(self, optimizer: torch.optim.Optimizer) -> list[float]:

@@ -23,6 +23,7 @@ from hfq.layers.packed import PackedModule
 from hfq.training import learn, loop
 from hfq.training.distill import Distillation
 from hfq.training.losses import top_divergence
+from hfq.training.progress import Saved
 from hfq.training.student import Student
 from hfq.transforms import init
 from hfq.transforms.learned import Sites
@@ -282,6 +283,28 @@ def test_every_option_runs_and_says_what_it_did(options: dict[str, Any]) -> None
     assert len(attention.parts(model)) == (2 if "kv_bits" in options else 0)
     heads = [m.activation for n, m in model.named_modules() if n.endswith("o_proj") and bits != 16]
     assert all(a.group_size == (-1 if options.get("online") == "all" else 16) for a in heads)
+
+
+def test_training_that_was_stopped_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"steps": 5, "activation_bits": 4, "kv_bits": 4, "batch_size": 4}
+    whole, first = quantized(tiny(), **options)
+    add, seen = Distillation.add, []
+
+    def stop(self: Distillation, batch: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 4 * 3:
+            raise KeyboardInterrupt
+        return add(self, batch)
+
+    monkeypatch.setattr(Distillation, "add", stop)
+    monkeypatch.setattr(Saved, "EVERY", 1)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(tiny(), **options, work_dir=tmp_path)
+    monkeypatch.setattr(Distillation, "add", lambda self, batch: seen.append(1) or add(self, batch))
+    again, second = quantized(tiny(), **options, work_dir=tmp_path)
+    assert len(seen) == 12 + 3 * 4  # steps 0 and 1 were not done again
+    assert second.curves == first.curves
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
 
 
 def test_queries_and_keys_get_their_transform_only_with_a_quantized_cache() -> None:
