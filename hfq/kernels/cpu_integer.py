@@ -26,8 +26,10 @@ from hfq.kernels.workspace import scratch
 
 __all__ = ["exact_in_steps", "exact_signed", "exact_unsigned"]
 
-# Sums of one part of the output (rows of x times columns) that stay in the second-level cache.
-CHUNK = 1 << 18
+# Sums of one part of the output (rows of x times columns): they stay in the second-level cache.
+CHUNK = 1 << 16
+# Outputs of this size are made in one part: fewer operations count more.
+SMALL = 1 << 18
 # Bytes of unpacked weights that stay there.
 UNPACKED = 1 << 19
 # Up to so many rows unsigned codes multiply faster than signed ones on some CPUs, and the shift costs nothing.
@@ -357,7 +359,7 @@ def multiply(
     segments = _segments(form, x.spec, runtime.in_features)
     sums = None if zero is None else _segment_sums(runtime, segments)
     shifts = _shifts(x, segments) if "rest" in runtime.tensors else None
-    if form.fields == 1 and len(segments) == 1 and rows * runtime.out_features <= CHUNK and shifts is None:
+    if form.fields == 1 and len(segments) == 1 and rows * runtime.out_features <= SMALL and shifts is None:
         return _multiply_small(x, operand, runtime, None if sums is None else sums[0], bias, dtype)
     y = torch.empty(rows, runtime.out_features, dtype=torch.float32)
     for part, where in _parts(runtime, max(CHUNK // rows, 256)):

@@ -10,6 +10,8 @@ backward is that of straight-through rounding: ``dy W``, zero where a code was c
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +68,10 @@ def linear_int(
     x2 = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if not x2.shape[0]:
         return x.new_empty(*shape[:-1], runtime.out_features)
-    y = _run(x2, runtime, bias, spec, params, factor, before)
+    if before is None and spec.dynamic and not spec.factor and not x.is_inference():
+        y = _run_shared(x, x2, runtime, bias, spec)
+    else:
+        y = _run(x2, runtime, bias, spec, params, factor, before)
     return y if len(shape) == 2 else y.view(*shape[:-1], runtime.out_features)
 
 
@@ -84,6 +89,32 @@ def _run(
     else:
         codes = producers.hadamard_quant(x, before, spec, params, factor)
     return dispatch.BACKENDS["wnan_codes", name](codes, runtime, bias, x.dtype)
+
+
+_local = threading.local()
+
+
+def _run_shared(
+    x: torch.Tensor, x2: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None, spec: ActivationSpec
+) -> torch.Tensor:
+    """:func:`_run`; codes of the tensor that was multiplied last are taken again (query, key and value read one)."""
+    name = _backend(runtime, x2.shape[0], x.dtype, x.device.type, spec)
+    if ("wnan_codes", name) not in dispatch.BACKENDS:
+        return _run(x2, runtime, bias, spec, None, None)
+    kept = getattr(_local, "kept", None)
+    if kept is not None and kept[0]() is x and kept[1] == x._version and kept[2] == spec:
+        codes = kept[3]
+    else:
+        codes = producers.quantize_rows(x2, spec)
+        # They live as long as their tensor. Writing to it, by any view, changes its version.
+        _local.kept = (weakref.ref(x, _forget), x._version, spec, codes)
+    return dispatch.BACKENDS["wnan_codes", name](codes, runtime, bias, x.dtype)
+
+
+def _forget(reference: Any) -> None:
+    kept = getattr(_local, "kept", None)
+    if kept is not None and kept[0] is reference:
+        _local.kept = None
 
 
 def _backend(runtime: Runtime, M: int, dtype: torch.dtype, device: str, spec: ActivationSpec) -> str:

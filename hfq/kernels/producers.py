@@ -18,7 +18,7 @@ from hfq.kernels.workspace import scratch
 __all__ = ["act_quant", "cross_quant", "hadamard_quant", "norm_quant", "quantize_rows"]
 
 # Elements of x that are worked on at once: with their float32 form they stay in the second-level cache.
-CHUNK = 1 << 17
+CHUNK = 1 << 16
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
 Parameters = activation.Parameters
@@ -175,13 +175,12 @@ def _tokens(x: torch.Tensor, spec: ActivationSpec) -> ActivationCodes:
     with torch.no_grad():
         if spec.symmetric:
             scale = x.abs().amax(-1, keepdim=True).clamp_(min=activation.SMALLEST_RANGE).div_(spec.max_code)
-            codes = (x * scale.reciprocal()).round_()
-            return ActivationCodes(codes.clamp_(spec.min_code, spec.max_code).to(torch.int8), scale, None, spec)
+            return ActivationCodes((x * scale.reciprocal()).round_().to(torch.int8), scale, None, spec)
         low = x.amin(-1, keepdim=True).clamp_(max=0)
         scale = x.amax(-1, keepdim=True).clamp_(min=activation.SMALLEST_RANGE).sub_(low).div_(spec.max_code)
         inverse = scale.reciprocal()
         zero = low.neg_().mul_(inverse).round_().clamp_(max=spec.max_code)
-        codes = (x * inverse).round_().add_(zero).clamp_(0, spec.max_code)
+        codes = (x * inverse).round_().add_(zero).clamp_(max=spec.max_code)
         return ActivationCodes(codes.to(torch.uint8), scale, zero, spec)
 
 
@@ -209,13 +208,19 @@ def _by_blocks(
                     zero[part] = done.zero_point
             continue
         work = scratch("quantize", tuple(block.shape), dtype)
-        s, z = activation.row_parameters(block, spec)
-        torch.mul(block, 1 / s, out=work).round_()
-        if z is not None:
-            work.add_(z)
-            zero[part] = z  # type: ignore[index]
-        codes[part] = work.clamp_(spec.min_code, spec.max_code)
-        scale[part] = s
+        s = scale[part]
+        if zero is None:
+            # No clamp: the largest element, times the reciprocal of its scale, rounds to the last code.
+            torch.amax(torch.abs(block, out=work), -1, keepdim=True, out=s)
+            s.clamp_(min=activation.SMALLEST_RANGE).div_(spec.max_code)
+            codes[part] = torch.mul(block, s.reciprocal(), out=work).round_()
+            continue
+        low = block.amin(-1, keepdim=True).clamp_(max=0)
+        torch.amax(block, -1, keepdim=True, out=s)
+        s.clamp_(min=activation.SMALLEST_RANGE).sub_(low).div_(spec.max_code)
+        inverse = s.reciprocal()
+        zero[part] = low.neg_().mul_(inverse).round_().clamp_(max=spec.max_code)
+        codes[part] = torch.mul(block, inverse, out=work).round_().add_(zero[part]).clamp_(max=spec.max_code)
     if stored:
         one, other = params  # type: ignore[misc]
         return ActivationCodes(codes, one.to(dtype), None if other is None else other.to(dtype), spec)

@@ -398,3 +398,41 @@ def test_runtime_holds_packed_codes_only():
     wide = kernels.prepare(weight, dtype=torch.float32, memory="cached", activation=act)
     assert wide.tensors["blocks"].nbytes == 2 * weight.qweight.nbytes and not wide.cached
     assert ops.format_of(wide)[0] == 4
+
+
+def test_siblings_share_codes_of_one_tensor_and_of_no_other(monkeypatch):
+    act = ActivationSpec(8)
+    weights = (packed(QuantSpec(8, -1), seed=seed) for seed in (0, 1))
+    first, second = (kernels.prepare(one, dtype=torch.float32, activation=act) for one in weights)
+    calls = []
+    real = producers.quantize_rows
+    monkeypatch.setattr(producers, "quantize_rows", lambda *a, **k: calls.append(1) or real(*a, **k))
+
+    def fresh(x, runtime):
+        return kernels.linear_int(x.clone(), runtime, None, act)
+
+    with torch.no_grad():
+        x = rows(6).view(2, 3, K)
+        assert torch.equal(kernels.linear_int(x, first, None, act), fresh(x, first))
+        kernels.linear_int(x, first, None, act)
+        before = len(calls)
+        y = kernels.linear_int(x, second, None, act)
+        assert len(calls) == before
+        assert torch.equal(y, fresh(x, second))
+        for change in (lambda: x.mul_(2), lambda: x[0].add_(1), lambda: x.view(-1)[:5].zero_()):
+            kernels.linear_int(x, first, None, act)
+            change()
+            assert torch.equal(kernels.linear_int(x, second, None, act), fresh(x, second))
+        kernels.linear_int(x, first, None, act)
+        other = ActivationSpec(4)
+        with kernels.use(wnan="reference"):
+            want = kernels.linear_int(x.clone(), first, None, other)
+            torch.testing.assert_close(kernels.linear_int(x, first, None, other), want)
+        kernels.linear_int(x, first, None, act)
+        del x
+        assert integer._local.kept is None
+    with torch.inference_mode():
+        x = rows(6)
+        kernels.linear_int(x, first, None, act)
+        x.mul_(3)
+        assert torch.equal(kernels.linear_int(x, first, None, act), fresh(x, first))
