@@ -93,8 +93,7 @@ def optimise(
     for step in range(steps):
         adam.zero_grad(set_to_none=True)
         value = run.gradients(draw.next(), draw.seed(), list(trained.values()))
-        extra = None if penalty is None else penalty(step)
-        if extra is not None and extra.requires_grad:
+        if penalty is not None and (extra := penalty(step)) is not None and extra.requires_grad:
             extra.backward()
         if not math.isfinite(value):
             raise QuantizationError(

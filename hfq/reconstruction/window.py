@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from hfq.calibration.cache import TensorList
 from hfq.calibration.capture import device_of
-from hfq.calibration.windows import Window, outputs_of
+from hfq.calibration.window import Window, outputs_of
 from hfq.errors import QuantizationError
 from hfq.formats import ActivationSpec
 from hfq.layers import attention
