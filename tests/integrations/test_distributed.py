@@ -150,3 +150,42 @@ def test_whole_methods(tmp_path: Path) -> None:
     first, second = run(tmp_path, "two", 5, "llama", 2, METHODS)
     assert_equal(first, second)
     assert_equal(one, first)
+
+
+WHOLE = """
+import os
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+import hfq
+from hfq.calibration import ranks
+
+os.environ.update(given)
+if "RANK" in os.environ:
+    dist.init_process_group("gloo")
+torch.manual_seed(0)
+sizes = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+ids = torch.randint(0, 100, (rows, 20), generator=torch.Generator().manual_seed(1))
+config = hfq.OSTQuantConfig(
+    activation_bits=3, steps=6, batch_size=3, rotate_lr=0.1, scale_lr=0.01, rounding="nearest", progress=False,
+    calibration_samples=rows, calibration_seqlen=20, calibration_batch_size=2,
+)
+report = hfq.quantize(model, config, [{"input_ids": row[: 20 - 3 * i]} for i, row in enumerate(ids)])
+result = {key: value.clone() for key, value in model.state_dict().items()}
+result["curve"] = torch.tensor(report.curves["transforms"])
+torch.save(result, f"{out}.{ranks.rank()}")
+if dist.is_initialized():
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_training_of_the_whole_model_sums_gradients_over_processes(tmp_path: Path) -> None:
+    (one,) = run(tmp_path, "one", 5, "llama", 1, WHOLE)
+    first, second = run(tmp_path, "two", 5, "llama", 2, WHOLE)
+    assert_equal(first, second)
+    # Sums in another order: equal but for rounding, as long as no rounding of an input flips.
+    torch.testing.assert_close(first["curve"][:3], one["curve"][:3], rtol=1e-3, atol=0)
+    assert one["curve"][-1] < one["curve"][0]
