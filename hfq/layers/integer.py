@@ -43,6 +43,18 @@ class IntegerModule(nn.Module):
         with torch.inference_mode(False):
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
+    def derived(self) -> Any:
+        """What :meth:`derive` makes of the parameters; made again when one of them was replaced or written."""
+        key = tuple((id(p), p.data_ptr(), p._version) for p in self._parameters.values() if p is not None)
+        if self._derived is None or self._derived[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._derived = key, self.derive()
+        return self._derived[1]
+
+    def derive(self) -> Any:
+        """The tensors that the operators read."""
+        return None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_derived": None}
 
@@ -136,31 +148,23 @@ class IntegerMatrix(IntegerModule):
         fields = bitpack.unpack(packed, self.bits, self.in_features)
         return ((fields ^ middle).to(torch.int16) - middle).to(torch.int8)
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, int] | None]:
-        """What the product reads: codes, their row sums (int32), mantissas and bias (int64)."""
-        key = (id(self.qweight), self.qweight.data_ptr(), self.qweight._version)
-        if self._derived is None or self._derived[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                codes = self.codes()
-                bias = None
-                if self.bias is not None:
-                    assert self.bias_shift is not None
-                    bias = (self.bias.detach().to(torch.int64), self.bias_shift)
-                total = codes.sum(-1, dtype=torch.int32)
-                self._derived = key, (codes, total, self.mantissa.detach().to(torch.int64), bias)
-        return self._derived[1]
+    def derive(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, int] | None]:
+        """Codes, their row sums (int32), mantissas (int64 and int32) and bias."""
+        codes, mantissa, bias = self.codes(), self.mantissa.detach(), None
+        if self.bias is not None:
+            assert self.bias_shift is not None
+            bias = (self.bias.detach().to(torch.int64), self.bias_shift)
+        return codes, codes.sum(-1, dtype=torch.int32), mantissa.to(torch.int64), mantissa.to(torch.int32), bias
 
     def forward(self, x: Dyadic) -> Dyadic:
         """Codes ``[M, in_features]`` to int64 ``[M, out_features]`` with one scale a row."""
-        codes, total, mantissa, bias = self.operands()
+        codes, total, mantissa, _, bias = self.derived()
         return dyadic.project(x, codes, total, mantissa, self.shift, bias)
 
     def codes_for(self, x: Dyadic) -> Dyadic:
         """As :meth:`forward`, in 32 bits where the result is requantized to bytes."""
-        codes, total, mantissa, bias = self.operands()
-        if bias is not None:
-            return self(x)
-        return dyadic.project_narrow(x, codes, total, mantissa.to(torch.int32), self.shift)
+        codes, total, _, mantissa, bias = self.derived()
+        return self(x) if bias is not None else dyadic.project_narrow(x, codes, total, mantissa, self.shift)
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for (in units of the output), float64 ``[out_features, in_features]``."""
@@ -207,8 +211,12 @@ class IntegerNorm(IntegerModule):
 
     def forward(self, x: Tensor) -> tuple[Dyadic, Tensor]:
         """Integer rows to the norm before its division by the root, and the root (:func:`dyadic.normalise`)."""
-        offset = None if self.offset is None else self.offset.to(torch.int64)
-        return dyadic.normalise(x, self.gain.to(torch.int64), self.shift, offset, centred=self.centred)
+        gain, offset = self.derived()
+        return dyadic.normalise(x, gain, self.shift, offset, centred=self.centred)
+
+    def derive(self) -> tuple[Tensor, Tensor | None]:
+        offset = None if self.offset is None else self.offset.detach().to(torch.int64)
+        return self.gain.detach().to(torch.int64), offset
 
     @property
     def weight(self) -> Tensor:
@@ -237,7 +245,7 @@ class IntegerEmbedding(IntegerMatrix):
 
     def forward(self, ids: Tensor) -> Dyadic:  # type: ignore[override]
         """Integer ids ``[...]`` to int64 rows ``[..., C]`` on the table's power of two."""
-        codes, _, mantissa, _ = self.operands()
+        codes, _, mantissa, _, _ = self.derived()
         rows = torch.nn.functional.embedding(ids, codes).to(torch.int64)
         data = rows * mantissa[ids][..., None]
         one = torch.ones(*ids.shape, 1, dtype=torch.int64, device=ids.device)

@@ -93,6 +93,11 @@ class Grids(IntegerModule):
         for name, size in zip(self.names, (channels, channels, groups, gated), strict=True):
             self.put(name, torch.empty(size, dtype=torch.int16, device=device) if size else None)
 
+    def derive(self) -> tuple[Tensor | None, ...]:
+        """The scales as int64, in the order of ``names``."""
+        found = (self._parameters[name] for name in self.names)
+        return tuple(None if p is None else p.detach().to(torch.int64) for p in found)
+
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "channels": self.channels, "groups": self.groups, "gated": self.gated,
                 "shifts": list(self.shifts)}
@@ -174,7 +179,7 @@ class IntegerBlock(nn.Module):
             out_bits=numbers.probability_bits,
         ).view(rows, shape.groups, -1)
         grids = self.hfq_grids
-        mixed = (mixed * grids.value_step.to(torch.int64)[:, None]).view(rows, -1)
+        mixed = (mixed * grids.derived()[2][:, None]).view(rows, -1)
         unit = torch.ones(rows, 1, dtype=torch.int64, device=mixed.device)
         return self.part("out")(
             self._quantized(Dyadic(mixed, unit, unit * (grids.shifts[2] + numbers.probability_bits - 1)))
@@ -197,7 +202,7 @@ class IntegerBlock(nn.Module):
     def _query(self, x: Dyadic) -> Dyadic:
         """Times the steps of the keys: then a product with key codes needs no scale per channel."""
         shape, grids = self.shape, self.hfq_grids
-        step = grids.key_step.to(torch.int64).view(shape.groups, 1, shape.size)
+        step = grids.derived()[0].view(shape.groups, 1, shape.size)
         data = x.data.view(-1, shape.groups, shape.heads // shape.groups, shape.size) * step
         data = data.view(-1, shape.heads, shape.size)
         scaled = Dyadic(data, x.mantissa, x.shift + grids.shifts[0])
@@ -205,7 +210,7 @@ class IntegerBlock(nn.Module):
 
     def _key(self, x: Dyadic) -> Tensor:
         grids = self.hfq_grids
-        inverse = grids.key_inverse.to(torch.int64).view(self.shape.groups, self.shape.size)
+        inverse = grids.derived()[1].view(self.shape.groups, self.shape.size)
         return dyadic.store(x, inverse, grids.shifts[1], self.numbers.kv_bits)
 
     # -- MLP ---------------------------------------------------------------------------------------------------------
@@ -225,9 +230,8 @@ class IntegerBlock(nn.Module):
         a, b = self._quantized(gate, bits=bits), self._quantized(up, bits=bits)
         if self.shape.activation == "relu":
             return dyadic.gated_relu(a, b)
-        inverse = None
-        if grids.gate_inverse is not None:
-            inverse = grids.gate_inverse.to(torch.int64), grids.shifts[3]
+        scale = grids.derived()[3]
+        inverse = None if scale is None else (scale, grids.shifts[3])
         return dyadic.gated_sigmoid(a, b, inverse, bits=self.numbers.sigmoid_bits)
 
     def describe(self) -> dict[str, Any]:
