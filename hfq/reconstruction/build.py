@@ -13,6 +13,7 @@ from hfq.calibration.capture import device_of
 from hfq.graph.absorb import Matrix, Norm
 from hfq.graph.links import Link, Pair
 from hfq.graph.proof import TOLERANCE, double_copy, double_precision, relative_error, to_double
+from hfq.layers import attention
 from hfq.reconstruction.block import separable
 from hfq.reconstruction.maps import (
     BlockMap,
@@ -209,7 +210,7 @@ class _Trial:
         samples = Samples(step.inputs, [step.hidden(0)], whole=whole, device=device_of(module), distributed=False)
         self.args, self.kwargs = to_double(samples.parts([0], 0)[0].call)
         self.module = double_copy(module)
-        with double_precision():
+        with attention.without(self.module), double_precision():
             self.expected = self.module(*to_double(self.args), **to_double(self.kwargs))
 
     def error(self, chosen: Sequence[PairMap]) -> float:
@@ -221,7 +222,7 @@ class _Trial:
             values: Mapping[str, torch.Tensor] = transform(torch.float64, quantized=False)
         known = {name for name, _ in self.module.named_parameters()}
         values = {name: value for name, value in values.items() if name in known}
-        with double_precision():
+        with attention.without(self.module), double_precision():
             found = functional_call(self.module, dict(values), to_double(self.args), to_double(self.kwargs))
         return relative_error(found, self.expected)
 
