@@ -122,6 +122,8 @@ def adopt(cache: Any, module: Any, part: AttentionQuant) -> None:
     if type(layer) not in _PLAIN:
         raise ConfigError(f"{part.label}: a {type(layer).__name__} cannot hold quantized keys and values: "
                           "leave the choice of the cache to the model")
+    if getattr(cache, "offloading", False):
+        raise ConfigError(f"{part.label}: a quantized cache stays where the model computes: offload no cache")
     if layer.get_seq_length() > 0:
         raise ConfigError(f"{part.label}: the cache holds tokens that are not quantized: start a new one")
     longest = layer.max_cache_len if isinstance(layer, StaticLayer) else None
