@@ -145,7 +145,7 @@ class _Run:
         self.restored: dict[str, torch.Tensor] = {}
 
     def windows(self) -> Iterator[Window | None]:
-        blocks, walk = len(self.stack.blocks), self.walk
+        blocks, walk = self._count(), self.walk
         first = starts(blocks, walk.size, walk.overlap)
         entered, entering = 0, list[Step]()
         try:
@@ -169,6 +169,12 @@ class _Run:
                 place.close()
         self._free(self.stream, None)
         self._free(self.frontier, self.stream)
+
+    def _count(self) -> int:
+        """How many blocks the windows reach over: those behind the last one with sites are left out, if nothing
+        comes after them."""
+        last = max(i for i, block in enumerate(self.stack.blocks) if block.sites or i == 0) + 1
+        return last if self.done + len(self.stack.blocks) == self.total else len(self.stack.blocks)
 
     def _window(self, entering: list[Step], leaving: list[Step], fitted: bool) -> Iterator[Window | None]:
         targets = [tensors[0] for tensors in self.frontier.tensors if tensors[0] is not None]

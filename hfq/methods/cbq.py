@@ -128,7 +128,8 @@ def quantize(model: Any, data: Any, config: CBQConfig, report: Report) -> None:
                 penalty_weight=config.penalty, generator=generator(config.seed, window.index),
                 autocast=torch.bfloat16 if config.mixed_precision else None,
             )  # fmt: skip
-            report.curves[window.steps[0].block.name] = _thinned(curve)
+            if curve:
+                report.curves[window.steps[0].block.name] = _thinned(curve)
         for step in window.leaving():
             learners.pack(step, window.learners[step.block.name], lambda name: config.spec_for(name).to_dict())
     pack_outside(plan, config, report)

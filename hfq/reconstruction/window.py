@@ -78,6 +78,8 @@ def fit(
     roundings = {name: rounding for learner in learners.values() for name, rounding in learner.weights.items()}
     factors = {f"{name}.factor": p for learner in learners.values() for name, p in learner.factors.items()}
     device = device_of(window.steps[0].block.module)
+    if not roundings and not factors:
+        return []
     for factor in factors.values():
         factor.data = factor.data.to(device)
     forward = forward_with(window, list(roundings))

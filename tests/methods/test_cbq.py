@@ -254,6 +254,33 @@ def last_hidden(model: Any) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.must_hold("cbq", 7)
+@pytest.mark.slow
+def test_windows_of_two_are_no_worse_than_single_blocks(small_lm: Any) -> None:
+    """At two bits, with as many steps a window, on hidden states of text that was not trained on."""
+    data, held = (torch.tensor(small_lm.windows(16, 64, part=part, seed=0)) for part in ("train", "test"))
+
+    def hidden(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model.model(held).last_hidden_state
+
+    target = hidden(small_lm.make())
+    options = {"bits": 2, "group_size": 64, "steps": 16, "batch_size": 4, "rounding": "full", "straight": True,
+               "lr": 3e-2, "scale_lr": 1e-3, "calibration_samples": 16, "calibration_seqlen": 64, "progress": False}  # fmt: skip
+    errors = {}
+    for size in (2, 1):
+        found = []
+        for seed in (0, 1):
+            model = small_lm.make()
+            hfq.quantize(model, CBQConfig(window=size, overlap=size - 1, seed=seed, **options), data)
+            found.append(float((hidden(model) - target).square().mean() / target.square().mean()))
+        errors[size] = sum(found) / len(found)
+    nearest = small_lm.make()
+    hfq.quantize(nearest, RTNConfig(bits=2, group_size=64, progress=False))
+    base = float((hidden(nearest) - target).square().mean() / target.square().mean())
+    assert errors[2] <= errors[1] < 0.7 * base, (errors, base)
+
+
 @pytest.mark.must_hold("cbq", 8)
 @pytest.mark.parametrize("rank", [1, 5])
 def test_trainable_parameters_and_frozen_weights(rank: int) -> None:

@@ -48,7 +48,7 @@ ROWS = {
         Row("rsq", {"symmetric": False}, {"symmetric": False, "r_min": 0.1}),
         Row("flexround", {"steps": 6, "lr": 5e-3, "batch_size": 4}, {"steps": 40, "lr": 5e-3, "batch_size": 8}),
         Row("cbq", {"steps": 4, "batch_size": 4, "lr": 1e-2, "scale_lr": 1e-3},
-            {"steps": 24, "batch_size": 4, "lr": 3e-2, "scale_lr": 1e-3, "straight": True}),
+            {"steps": 24, "batch_size": 4, "lr": 1e-2, "scale_lr": 1e-3, "straight": True, "rounding": "full"}),
         Row("layerwise_quant", {"target_bits": 3.0, "backend": {"method": "rtn"}},
             {"target_bits": 3.0, "backend": {"method": "gptq"}}),
     )

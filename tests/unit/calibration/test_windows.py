@@ -239,6 +239,18 @@ def test_encoder_and_decoder_and_no_chain(batches, rounded, driver):
     assert any("windows of one block" in note for note in report.notes) == (driver == "capture")
 
 
+def test_blocks_without_sites(llama, batches):
+    """In between they belong to windows like all others; behind the last block with sites nothing is to be done."""
+    plan = read(llama(num_hidden_layers=5), skip=["model.layers.1.*", "model.layers.3.*", "model.layers.4.*"])
+    seen = []
+    for window in windows.walk(plan, batches()):
+        seen.append([step.index for step in window.steps])
+        for step in window.leaving():
+            for site in step.block.sites:
+                step.swap(site, affine.quantize(site.weight.data, SPEC))
+    assert seen == [[0, 1], [1, 2]]
+
+
 def test_misuse(llama, batches):
     for size, overlap in ((0, 0), (2, 2), (2, -1)):
         with pytest.raises(QuantizationError, match="window"):
