@@ -180,7 +180,8 @@ def check(model: Any, inputs: dict[str, Any], steps: int = 3) -> None:
     Raises:
         QuantizationError: the two do not agree: the model does something with its cache that the parts do not know.
     """
-    ids = inputs["input_ids"].to(next(p.device for p in model.parameters() if p.device.type != "meta"))
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    ids = inputs["input_ids"].to(device)
     training = model.training
     model.eval()
     try:

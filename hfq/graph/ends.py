@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from hfq.graph.absorb import Matrix
 from hfq.graph.links import Link, Pair
@@ -14,6 +18,9 @@ from hfq.graph.stream import Rotation, entry_of
 from hfq.graph.trace import SAME, BlockCall, Trace, Value
 
 __all__ = ["Ends", "ends_of"]
+
+
+Placement = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 @dataclass(eq=False)
@@ -39,14 +46,15 @@ class Ends:
         return list(dict.fromkeys([w.name for w in self.writers] + norm + [r.name for r in self.readers]))
 
 
-def ends_of(plan: Plan, trace: Trace, pair: Pair) -> Ends:
+def ends_of(plan: Plan, trace: Trace, pair: Pair, placement: Placement | None = None) -> Ends:
     """The ends of the stream of a proven rotation, read off a traced forward pass of the whole model.
 
+    ``placement`` makes the weights of the norm after the last block available while it is examined.
     Nothing is proven: who rotates the ends compares the model's output before and after.
     """
     found = Ends()
     first, last = trace.blocks[pair.blocks[0]][0], trace.blocks[pair.blocks[-1]][0]
-    found.reason = _front(plan, trace, first, pair, found) or _back(plan, trace, last, pair, found)
+    found.reason = _front(plan, trace, first, pair, found) or _back(plan, trace, last, pair, found, placement)
     return found
 
 
@@ -93,7 +101,9 @@ def _writer(plan: Plan, name: str, width: int) -> Matrix | str:
     return Matrix(name, site.module, "weight", *axes, None if site.kind == "embedding" else bias)
 
 
-def _back(plan: Plan, trace: Trace, call: BlockCall, pair: Pair, found: Ends) -> str:
+def _back(
+    plan: Plan, trace: Trace, call: BlockCall, pair: Pair, found: Ends, placement: Placement | None
+) -> str:
     start: Value = call.exits[0]
     flow = Rotation(trace, pair.width, start)
     flow.run(trace.nodes[call.stop :], trace.exits)
@@ -118,7 +128,9 @@ def _back(plan: Plan, trace: Trace, call: BlockCall, pair: Pair, found: Ends) ->
         found.readers.append(Link(matrix, torch.arange(pair.width)))
     if not flow.norms:
         return ""
-    return _fold(plan, trace, flow.norms[0], pair, found)
+    name = flow.norms[0]
+    with (placement or nullcontext)(plan.model.get_submodule(name)):
+        return _fold(plan, trace, name, pair, found)
 
 
 def _fold(plan: Plan, trace: Trace, name: str, pair: Pair, found: Ends) -> str:

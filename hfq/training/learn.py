@@ -96,7 +96,7 @@ def prepare(
     trace = order_groups(plan, call)
     pairs = graph_pairs.discover(plan, trace, placement=placement, seed=seed)
     units = graph_gates.discover_gates(plan, trace, placement=placement, seed=seed) if sites.gates else []
-    ends = {pair.place: ends_of(plan, trace, pair) for pair in pairs.proven("rotation")}
+    ends = {pair.place: ends_of(plan, trace, pair, placement) for pair in pairs.proven("rotation")}
     if report is not None:
         report.pairs = pairs.rows() + [pair.to_dict() for pair in units]
     generator = torch.Generator().manual_seed(seed)
