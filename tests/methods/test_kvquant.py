@@ -378,6 +378,12 @@ def test_gradients_weigh_the_codebook() -> None:
     assert found[name].key_weight[row, column] == pytest.approx(slope**2, rel=0.05)
 
 
+def test_same_seed_same_numbers() -> None:
+    one, two = (quantized(kv_bits=3).state_dict() for _ in range(2))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert sum(name.endswith("key_encode") for name in one) == 2
+
+
 def test_padding_and_first_tokens_are_left_out() -> None:
     model, x = tiny(), ids(2, 16)
     mask = torch.ones_like(x)

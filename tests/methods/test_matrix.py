@@ -56,6 +56,8 @@ ROWS = {
 CALIBRATED = [slug for slug in ROWS if slug != "rtn"]
 # Without layers that stay float or can be packed one by one: their own files hold these checks in another form.
 INTEGER_ONLY = {"i_llm"}
+# Leaves weights alone; every method can carry it.
+CACHES = {"kvquant"}
 COMMON = {"group_size": 32, "calibration_samples": 12, "calibration_seqlen": 16, "progress": False}
 
 
@@ -94,7 +96,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_every_available_method_has_a_row() -> None:
-    assert set(ROWS) | INTEGER_ONLY == {slug for slug, method in hfq.methods().items() if method.available}
+    assert set(ROWS) | INTEGER_ONLY | CACHES == {slug for slug, method in hfq.methods().items() if method.available}
 
 
 @pytest.mark.parametrize("slug", ROWS)
@@ -158,6 +160,24 @@ def test_the_fast_kernel_computes_what_the_reference_does(slug: str) -> None:
         exact = logits(model)
     assert 0 < (fast - exact).norm() <= 2e-2 * exact.norm()  # 16-bit products in fourteen layers
     assert (exact - logits(tiny())).norm() > 5 * (fast - exact).norm()
+
+
+@pytest.mark.parametrize("slug", ROWS)
+def test_any_method_carries_a_cache(slug: str, tmp_path: Path) -> None:
+    model, config = tiny(), config_of(slug, kv_cache={"kv_bits": 3, "outliers": 0.05})
+    report = hfq.quantize(model, config, ids())
+    assert {row.module for row in report.packed if row.kind == "cache"} == {
+        f"model.layers.{i}.self_attn.hfq_attention" for i in range(2)}
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        found, wanted = (m(ids(2), use_cache=False).logits for m in (loaded, model))
+        assert torch.equal(found, wanted)
+        part = model.model.layers[0].self_attn._modules.pop("hfq_attention")
+        assert not torch.equal(model(ids(2), use_cache=False).logits, wanted)  # the cache rounds
+        model.model.layers[0].self_attn.add_module("hfq_attention", part)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(ids(2), **options), model.generate(ids(2), **options))
 
 
 @pytest.mark.parametrize("slug", CALIBRATED)
