@@ -214,7 +214,7 @@ CASES: list[tuple[str, Callable[[Bench], Any], type[Exception], str]] = [
     ("activations of a weight method", rtn(activation_bits=8),
      ConfigError, "activation_bits=8: rtn does not quantize activations"),
     ("activation bits out of range", rtn(activation_bits=12), ConfigError, "activation_bits=12"),
-    ("cache of a weight method", rtn(kv_bits=4), ConfigError, "kv_bits=4: rtn does not quantize the key-value cache"),
+    ("cache of an odd width", rtn(kv_bits=9), ConfigError, "kv_bits=9"),
     ("choice misspelt", rtn(clip="msee"), ConfigError, "clip='msee' of RTNConfig: one of 'none', 'mse'"),
     ("skip list as text", rtn(modules_to_not_convert="lm_head"), ConfigError, "a list of strings or None is allowed"),
     ("skip list of numbers", rtn(modules_to_not_convert=[1]), ConfigError, "modules_to_not_convert=[1]"),
