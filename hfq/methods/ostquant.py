@@ -10,11 +10,9 @@ from typing import Any
 
 from hfq.config import HfqConfig, option
 from hfq.errors import ConfigError
-from hfq.report import Report
+from hfq.report import Report, Row
 
 __all__ = ["OSTQuantConfig", "quantize"]
-
-_STARTS = ("womi", "klt", "hadamard", "random", "identity")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -61,7 +59,7 @@ class OSTQuantConfig(HfqConfig):
     scale_gates: bool = option(False)
     scale_queries: str = option("tied", choices=("tied", "free", "none"))
     online: str = option("down", choices=("down", "all", "none"))
-    start: str = option("womi", choices=_STARTS)
+    start: str = option("womi", choices=("womi", "klt", "hadamard", "random", "identity"))
     smooth: float = option(0.0, range=(0.0, 1.0))
     fold_rotation: bool = option(True)
     steps: int = option(150, range=(0, 1 << 20))
@@ -124,8 +122,11 @@ def quantize(model: Any, data: Any, config: OSTQuantConfig, report: Report) -> N
             placement=config.placement, report=report,
         )
         _round(plan, data, online, inputs, config, report)
-    for name, part in parts.items():
-        attention.install(model, name, part())
+    for name, make in parts.items():
+        part = attention.install(model, name, make())
+        asked = {"bits": config.kv_bits, "hadamard": part.hadamard}
+        bits = part.cache.form.bits_per_element(1, part.head_dim)
+        report.add(Row(f"{name}.{attention.CHILD}", kind="cache", asked=asked, bits=bits))
 
 
 def _attention(model: Any, config: OSTQuantConfig, call: Any) -> dict[str, Any]:

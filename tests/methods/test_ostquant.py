@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hfq
 from hfq import graph
-from hfq.errors import ConfigError
+from hfq.errors import ConfigError, QuantizationError
 from hfq.evaluation.agreement import agreement
 from hfq.evaluation.space_utilisation import space_utilisation
 from hfq.formats import ActivationSpec
@@ -279,10 +279,33 @@ def test_every_option_runs_and_says_what_it_did(options: dict[str, Any]) -> None
     layers = [module for module in model.modules() if isinstance(module, PackedModule)]
     bits = options.get("activation_bits", 16)
     assert len(layers) == 14 and {16 if m.activation is None else m.activation.bits for m in layers} == {bits}
-    assert all(row.asked.get("activation", {}).get("bits", 16) == bits for row in report.packed)
+    rows = [row for row in report.packed if row.kind == "linear"]
+    assert len(rows) == 14 and all(row.asked.get("activation", {}).get("bits", 16) == bits for row in rows)
     assert len(attention.parts(model)) == (2 if "kv_bits" in options else 0)
     heads = [m.activation for n, m in model.named_modules() if n.endswith("o_proj") and bits != 16]
     assert all(a.group_size == (-1 if options.get("online") == "all" else 16) for a in heads)
+
+
+def test_offloaded_models_can_be_transformed_and_not_trained(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    options = {"steps": 0, "activation_bits": 8, "kv_bits": 8}
+    wanted, _ = quantized(tiny(False), **options)
+    offloaded = tiny(False)
+    accelerate.disk_offload(offloaded, str(tmp_path), torch.device("cpu"))
+    _, report = quantized(offloaded, **options)
+    assert not report.notes and error(logits(offloaded), logits(wanted)) < 1e-2
+    assert all(p.is_meta for p in offloaded.parameters())
+    offloaded = tiny(False)
+    accelerate.cpu_offload(offloaded, torch.device("cpu"))
+    with pytest.raises(QuantizationError, match="steps=0"):
+        quantized(offloaded, **{**options, "steps": 1})
+
+
+def test_a_carried_cache_replaces_the_own_one(tmp_path: Path) -> None:
+    model, report = quantized(tiny(), activation_bits=8, kv_cache={"method": "kvquant", "kv_bits": 4})
+    assert all(part.cache is not None and part.key is None for part in attention.parts(model).values())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 def test_training_that_was_stopped_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +341,9 @@ def test_queries_and_keys_get_their_transform_only_with_a_quantized_cache() -> N
 def test_only_the_cache() -> None:
     wanted = logits(tiny())
     model, report = quantized(tiny(), kv_bits=4, bits=16)
-    assert not report.packed and 1e-4 < error(logits(model), wanted) < 0.2
+    assert {row.kind for row in report.packed} == {"cache"} and len(report.packed) == 2
+    assert all(row.bits == 4 + 32 / 16 for row in report.packed)  # heads of 16 with a scale and a zero point
+    assert 1e-4 < error(logits(model), wanted) < 0.2
     assert torch.equal(model.lm_head.weight, tiny().lm_head.weight)
 
 
