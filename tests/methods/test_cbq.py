@@ -266,7 +266,8 @@ def test_windows_of_two_are_no_worse_than_single_blocks(small_lm: Any) -> None:
 
     target = hidden(small_lm.make())
     options = {"bits": 2, "group_size": 64, "steps": 16, "batch_size": 4, "rounding": "full", "straight": True,
-               "lr": 3e-2, "scale_lr": 1e-3, "calibration_samples": 16, "calibration_seqlen": 64, "progress": False}  # fmt: skip
+               "lr": 3e-2, "scale_lr": 1e-3, "calibration_samples": 16, "calibration_seqlen": 64,
+               "progress": False}  # fmt: skip
     errors = {}
     for size in (2, 1):
         found = []
