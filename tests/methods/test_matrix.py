@@ -27,7 +27,8 @@ from hfq.layers.packed import PackedModule
 class Row:
     """A method with options that make it quick on a toy model.
 
-    ``better`` are the options with which it is compared with rounding to nearest, at 3 bits, on a trained model.
+    ``better`` are the options with which it is compared with rounding to nearest on a trained model, at 3 bits or at
+    those given.
     """
 
     slug: str
@@ -41,14 +42,14 @@ ROWS = {
         Row("rtn"),
         Row("gptq"),
         Row("affinequant", {"epochs": 2, "batch_size": 4, "ln_matrix": False, "shift": False},
-            {"epochs": 4, "batch_size": 4, "ln_matrix": False, "shift": False}),
+            {"bits": 2, "epochs": 4, "batch_size": 4, "ln_matrix": False, "shift": False}),
         Row("ostquant", {"steps": 2, "batch_size": 4, "symmetric": False},
             {"steps": 4, "micro_batch": 8, "symmetric": False, "train_weights": False}),
-        Row("crossquant", {}, {"solver": "gptq", "symmetric": False, "clip": "mse"}),
+        Row("crossquant", {}, {"bits": 2, "solver": "gptq", "symmetric": False, "clip": "mse"}),
         Row("rsq", {"symmetric": False}, {"symmetric": False, "r_min": 0.1}),
         Row("flexround", {"steps": 6, "lr": 5e-3, "batch_size": 4}, {"steps": 40, "lr": 5e-3, "batch_size": 8}),
         Row("cbq", {"steps": 4, "batch_size": 4, "lr": 1e-2, "scale_lr": 1e-3},
-            {"steps": 24, "batch_size": 4, "lr": 1e-2, "scale_lr": 1e-3, "straight": True, "rounding": "full"}),
+            {"bits": 2, "steps": 24, "batch_size": 4, "lr": 1e-2, "scale_lr": 1e-3, "straight": True, "rounding": "full"}),
         Row("layerwise_quant", {"target_bits": 3.0, "backend": {"method": "rtn"}},
             {"target_bits": 3.0, "backend": {"method": "gptq"}}),
     )
@@ -239,7 +240,7 @@ def test_better_than_rounding_to_nearest(slug: str, small_lm: Any) -> None:
     common = {"bits": 3, "group_size": 64, "progress": False, "calibration_samples": 16, "calibration_seqlen": 128}
     results = []
     # Layer-wise quantization is compared at the same mean width: half of the blocks at 4 bits, half at 2.
-    nearest = hfq.RTNConfig(bits=3, group_size=64, progress=False)
+    nearest = hfq.RTNConfig(bits=ROWS[slug].better.get("bits", 3), group_size=64, progress=False)
     for config in (nearest, hfq.HfqConfig(method=slug, **{**common, **ROWS[slug].better})):
         model = small_lm.make()
         report = hfq.quantize(model, config, data if config.needs_calibration else None)
