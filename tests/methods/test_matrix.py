@@ -49,7 +49,8 @@ ROWS = {
         Row("rsq", {"symmetric": False}, {"symmetric": False, "r_min": 0.1}),
         Row("flexround", {"steps": 6, "lr": 5e-3, "batch_size": 4}, {"steps": 40, "lr": 5e-3, "batch_size": 8}),
         Row("cbq", {"steps": 4, "batch_size": 4, "lr": 1e-2, "scale_lr": 1e-3},
-            {"bits": 2, "steps": 24, "batch_size": 4, "lr": 1e-2, "scale_lr": 1e-3, "straight": True, "rounding": "full"}),
+            {"bits": 2, "steps": 24, "batch_size": 4, "lr": 1e-2, "scale_lr": 1e-3, "straight": True,
+             "rounding": "full"}),
         Row("layerwise_quant", {"target_bits": 3.0, "backend": {"method": "rtn"}},
             {"target_bits": 3.0, "backend": {"method": "gptq"}}),
     )
