@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from hfq.errors import KernelError
-from hfq.formats import ActivationSpec, affine, bitpack
+from hfq.formats import ActivationSpec, affine, bitpack, twolevel
 from hfq.kernels import cpu, cpu_int8, dispatch, ops
 from hfq.kernels import cpu_integer as _cpu_integer  # noqa: F401  its rows and layouts
 from hfq.kernels import cuda as _cuda  # noqa: F401  its rows and layout
@@ -33,10 +33,15 @@ def _prepare_case(
     packed: PackedWeight, M: int, dtype: torch.dtype, device: str, memory: Memory, activation: ActivationSpec | None
 ) -> dispatch.Case:
     fits = device == "cpu" and packed.spec.bits > 4 and activation is None and cpu_int8.offset_fits(packed)
+    sums = 1
+    if activation is not None:
+        folded = packed.zero_point is None or packed.zero_point.dtype == torch.uint8
+        folded = folded and not packed.scale.is_meta and twolevel.split(packed.scale, packed.spec) is not None
+        sums = dispatch.sums_of(packed.spec, folded, packed.in_features, activation)
     return dispatch.Case(
         "wna16" if activation is None else "wnan", device, dtype, packed.spec.bits, M, packed.out_features,
         packed.in_features, packed.spec.group_length(packed.in_features), None, memory == "cached", isa(), fits,
-        activation,
+        activation, sums,
     )
 
 

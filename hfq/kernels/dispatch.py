@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 
 from hfq.errors import KernelError
-from hfq.formats import ActivationSpec
+from hfq.formats import ActivationSpec, QuantSpec
 from hfq.kernels.isa import THRESHOLDS, isa
 from hfq.kernels.packed import Runtime
 
 __all__ = [
-    "BACKENDS", "Case", "Choice", "Row", "add_rows", "backend", "case_of", "choose", "explain", "forced", "table",
-    "use",
+    "BACKENDS", "Case", "Choice", "Row", "add_rows", "backend", "case_of", "choose", "explain", "forced", "sums_of",
+    "table", "use",
 ]
 
 ANY_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -33,7 +33,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Case:
-    """One call, as the table sees it. ``layout`` is ``None`` while the layout itself is being chosen."""
+    """One call, as the table sees it. ``layout`` is ``None`` while the layout itself is being chosen.
+
+    ``activation`` is the format of the inputs of an integer product, ``sums`` the number of ranges of K whose sums have
+    a scale of their own, ``whole_zeros`` says that the weight's zero points need no term of their own.
+    """
 
     op: str
     device: str
@@ -48,6 +52,8 @@ class Case:
     isa: str = "default"
     shift_fits: bool = False
     activation: ActivationSpec | None = None
+    sums: int = 1
+    whole_zeros: bool = True
 
     @property
     def per_row(self) -> bool:
@@ -249,7 +255,17 @@ def case_of(
         "wna16" if activation is None else "wnan", device, dtype, runtime.spec.bits, M, runtime.out_features,
         runtime.in_features, runtime.spec.group_length(runtime.in_features), runtime.layout, runtime.cached, isa(),
         runtime.layout == "int8", activation,
+        1 if activation is None else
+        sums_of(runtime.spec, "row_scale" in runtime.tensors, runtime.in_features, activation),
+        "rest" not in runtime.tensors,
     )
+
+
+def sums_of(spec: QuantSpec, folded: bool, columns: int, activation: ActivationSpec) -> int:
+    """Ranges of K over which the scales of weight and inputs are constant; ``folded``: the weight's are, over rows."""
+    lengths = [columns if folded else spec.group_length(columns),
+               columns if activation.group_size == -1 else activation.group_size]  # fmt: skip
+    return len({start for length in lengths for start in range(0, columns, length)})
 
 
 def explain(case: Case) -> list[Choice]:
