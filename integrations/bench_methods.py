@@ -109,6 +109,7 @@ def measure(case: Case, model: str | Path, train: str, windows: Sequence[Sequenc
             "quantize_seconds": report.totals["seconds"],
             "cpu_seconds": round(time.process_time() - cpu, 1),  # other work on the machine hardly shows
             "peak_memory_bytes": report.totals["peak_memory_bytes"],
+            "cache_bits": next((line.bits for line in report.packed if line.kind == "cache"), None),
             "kernel": ", ".join(sorted({line.kernel for line in report.packed if line.kernel})) or None,
         }
         row["details"] = {"config": config.to_dict() | {"manifest": None, "summary": None}, "totals": report.totals}

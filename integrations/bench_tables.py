@@ -170,8 +170,32 @@ def whole_model_trained() -> list[Case]:
     return [case(f"{name}, trained, W4A4 KV4", "ostquant", **{**low, **stream, **more}) for name, more in steps]
 
 
+def caches() -> list[Case]:
+    """Quantized keys and values of every scored token: KVQuant, a range a token, windows of 32 tokens a channel; and
+    what each part of KVQuant adds to a range a token, at 3 bits."""
+    plain = {"datatype": "int", "outliers": 0.0, "sink": 0, "pre_rope": False}
+    token = {**plain, "key_axis": "token"}
+    windows = {**plain, "key_axis": "window", "value_group": 32}
+    rows = [Case("float")]
+    for bits in (4, 3, 2):
+        rows += [
+            case(f"KVQuant, cache of {bits} bits", "kvquant", bits=16, kv_bits=bits),
+            case(f"range a token, cache of {bits} bits", "kvquant", bits=16, kv_bits=bits, **token),
+            case(f"windows of 32 tokens, cache of {bits} bits", "kvquant", bits=16, kv_bits=bits, **windows),
+        ]
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("range a channel for keys", plain), ("+ keys before RoPE", {**plain, "pre_rope": True}),
+        ("+ codebook", {"outliers": 0.0, "sink": 0}), ("+ outliers", {"sink": 0}),
+    ]
+    rows += [case(f"{name}, 3 bits", "kvquant", bits=16, kv_bits=3, **options) for name, options in steps]
+    rows.append(case("GPTQ of 4 bits, KVQuant cache of 4 bits", "gptq", bits=4, kv_cache={"kv_bits": 4},
+                     clip="mse", act_order=True, static_groups=True))
+    return rows
+
+
 TABLES: dict[str, list[Case]] = {
     "affine": affine(),
+    "cache": caches(),
     "cross": cross(),
     "integer": integer(),
     "whole_model": whole_model(),

@@ -35,6 +35,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "kl": ("KL to float", lambda v: f"{v:.4f}"),
     "top1": ("same top token", lambda v: f"{100 * v:.1f} %"),
     "bits_per_weight": ("bits per weight", lambda v: f"{v:.3f}"),
+    "cache_bits": ("bits per cached number", lambda v: f"{v:.3f}"),
     "disk_bytes": ("on disk", _bytes),
     "quantize_seconds": ("quantized in", lambda v: f"{v:.1f} s"),
     "cpu_seconds": ("CPU time", lambda v: f"{v:.0f} s"),

@@ -124,7 +124,7 @@ def read_decoder(plan: Plan, trace: Trace, pairs: PairReport, call: Callable[[],
     offset = 0
     if positions is not None:
         offset = int(getattr(model.get_submodule(positions), "offset", 0))
-        limit = min(limit, model.get_submodule(positions).num_embeddings - offset)  # type: ignore[operator]
+        limit = min(limit, int(model.get_submodule(positions).num_embeddings) - offset)  # type: ignore[arg-type]
     if rotary is None and positions is None:
         raise _no("neither a rotary embedding nor a table of positions was found")
     return Decoder(model, body, embed, stack, made, norm, head, rotary, positions, offset, limit)
@@ -204,10 +204,11 @@ def _block(plan: Plan, trace: Trace, pairs: PairReport, block: Block) -> Decoder
         raise _no(f"{where}: its {'attention' if norm1 is None else 'MLP'} does not read a norm (no pre-norm block)")
     assert value.heads is not None
     size = int(value.heads.shape[1])
+    out: Any = plan.model.get_submodule(groups[1][0])
     made = DecoderBlock(
         where, norm1, query, key, value.sources[0].name, groups[1][0], norm2, up, groups[3][0], gate,
         groups=int(value.heads.shape[0]), size=size, activation=activation,
-        heads=plan.model.get_submodule(groups[1][0]).weight.shape[1] // size,  # type: ignore[union-attr]
+        heads=out.weight.shape[1] // size,
     )
     _head_norms(plan, nodes, made)
     attention = plan.model.get_submodule(query.rpartition(".")[0])

@@ -59,9 +59,9 @@ def rotary_table(model: nn.Module, call: Callable[[], Any], limit: int) -> Rotar
         raise QuantizationError(_NO + "its rotary table has entries above 1.9")
     half = whole[0].shape[-1] // 2
     if all(torch.equal(t[:, :half], t[:, half:]) for t in whole):
-        return RotaryTable(*(t[:, :half].double().cpu() for t in whole))
+        return RotaryTable(whole[0][:, :half].double().cpu(), whole[1][:, :half].double().cpu())
     if all(torch.equal(t[:, 0::2], t[:, 1::2]) for t in whole):
-        return RotaryTable(*(t[:, 0::2].double().cpu() for t in whole), interleaved=True)
+        return RotaryTable(whole[0][:, 0::2].double().cpu(), whole[1][:, 0::2].double().cpu(), interleaved=True)
     raise QuantizationError(_NO + "the two halves of its rotary table differ")
 
 

@@ -373,9 +373,9 @@ def softmax(
         e = e.masked_fill_(hidden, 0)
     total = e.sum(-1, keepdim=True, dtype=torch.int32).clamp_min(1).to(torch.int64)
     # e / total as a multiplier of up to 18 bits; the shift that follows must stay below 31
-    point = (bit_length(total) + 17).clamp_max(out_bits + 29)
-    factor = torch.div((1 << point) + (total >> 1), total, rounding_mode="trunc").to(torch.int32)
-    down = (point - (out_bits - 1)).to(torch.int32)
+    power = (bit_length(total) + 17).clamp_max(out_bits + 29)
+    factor = torch.div((1 << power) + (total >> 1), total, rounding_mode="trunc").to(torch.int32)
+    down = (power - (out_bits - 1)).to(torch.int32)
     return ((e * factor).add_((1 << down) >> 1)) >> down
 
 

@@ -92,6 +92,9 @@ class IntegerMatrix(IntegerModule):
     """
 
     kind = "matrix"
+    qweight: nn.Parameter
+    mantissa: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, shift: int = 0, bias_shift: int | None = None,
@@ -192,6 +195,8 @@ class IntegerNorm(IntegerModule):
     """RMS or layer norm; its gain and bias share one shift."""
 
     kind = "norm"
+    gain: nn.Parameter
+    offset: nn.Parameter | None
 
     def __init__(self, size: int, shift: int = 0, *, centred: bool = False, bias: bool = False, device: Any = None):
         super().__init__()
@@ -259,10 +264,11 @@ class IntegerHead(IntegerMatrix):
     """
 
     kind = "head"
+    output: nn.Parameter
 
-    def __init__(self, *args: Any, output_dtype: torch.dtype = torch.float32, device: Any = None, **kwargs: Any):
-        super().__init__(*args, device=device, **kwargs)
-        self.put("output", _empty((0,), output_dtype, device))
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.put("output", _empty((0,), torch.float32, self.qweight.device))
 
     def logits(self, hidden: Tensor) -> Dyadic:
         """``[..., C + 3]`` (:func:`pack_rows`) to int32 logits ``[..., V]``: comparable within a row as they are."""

@@ -85,6 +85,10 @@ class Grids(IntegerModule):
     """
 
     kind = "grids"
+    key_step: nn.Parameter
+    key_inverse: nn.Parameter
+    value_step: nn.Parameter
+    gate_inverse: nn.Parameter | None
     names = ("key_step", "key_inverse", "value_step", "gate_inverse")
 
     def __init__(self, channels: int, groups: int, gated: int, shifts: tuple[int, ...] = (0,) * 4, device: Any = None):
@@ -116,6 +120,8 @@ class IntegerBlock(nn.Module):
         numbers: widths.
         index: position in the stack, for the cache.
     """
+
+    hfq_grids: Grids
 
     def __init__(self, roles: Mapping[str, str], shape: BlockShape, numbers: Numbers, index: int) -> None:
         super().__init__()

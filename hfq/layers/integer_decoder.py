@@ -79,6 +79,8 @@ class Rotary(IntegerModule):
     """
 
     kind = "rotary"
+    cos: nn.Parameter
+    sin: nn.Parameter
 
     def __init__(self, positions: int, count: int, device: Any = None) -> None:
         super().__init__()
@@ -199,7 +201,8 @@ class IntegerDecoder(nn.Module):
     def describe(self) -> dict[str, Any]:
         """The manifest entry of the decoder without its place and its head."""
         turn = self._modules.get("hfq_rotary")
-        modules = {role: self.get_submodule(path).describe() for role, path in self.names.items() if role != "stack"}
+        modules = {role: self.get_submodule(path).describe()  # type: ignore[operator]
+                   for role, path in self.names.items() if role != "stack"}
         return {
             "names": dict(self.names), "numbers": self.numbers.to_dict(), "limit": self.limit, "offset": self.offset,
             "modules": modules, "rotary": None if turn is None else turn.describe(),  # type: ignore[operator]

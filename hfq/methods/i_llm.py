@@ -70,7 +70,7 @@ class ILLMConfig(HfqConfig):
         """Grid of a matrix; embedding and head have bits of their own."""
         from dataclasses import replace
 
-        spec = self.spec_for(name)
+        spec: Any = self.spec_for(name)
         if outer and "bits" not in self.override_for(name):
             spec = replace(spec, bits=self.outer_bits)
         return replace(spec, scale_dtype="float32")

@@ -156,7 +156,8 @@ class Packer:
         self, name: str, made: IntegerMatrix, weight: Tensor, units: Tensor | None, spec: QuantSpec, tokens: int | None
     ) -> None:
         wrong = total = 0.0
-        codes, scale = made.codes(), made.mantissa.double() * 2.0**-made.shift
+        scale: Tensor
+        codes, scale = made.codes(), made.mantissa.detach().double() * 2.0**-made.shift
         scale = scale if units is None else scale * units.double()
         for start in range(0, weight.shape[0], 4096):
             part = slice(start, start + 4096)
@@ -186,7 +187,8 @@ class Packer:
         unit, unit_shift = fit_shared(value, MANTISSA_BITS, up=True)
         gated = None
         if block.scale is not None:
-            gated = fit_shared(1 / self.decoder.model.get_submodule(block.scale).scale.double().cpu(), MANTISSA_BITS)
+            part: Any = self.decoder.model.get_submodule(block.scale)
+            gated = fit_shared(1 / part.scale.double().cpu(), MANTISSA_BITS)
         shifts = (step_shift, inverse_shift, unit_shift, 0 if gated is None else gated[1])
         grids = Grids(step.numel(), block.groups, 0 if gated is None else gated[0].numel(), shifts)
         for name, values in zip(Grids.names, (step, inverse, unit, gated and gated[0]), strict=True):

@@ -76,6 +76,7 @@ def smooth_block(
         )
         report.curves[block.name] = [fit.initial, *fit.curve]
     codes = transform.freeze()
-    scaled = [one.pair.activation for one in transform.maps if one.pair.kind == "gate"]
+    maps: list[Any] = list(transform.maps)
+    scaled = [one.pair.activation for one in maps if one.pair.kind == "gate"]
     block.scale = scaled[0] if scaled else None
     return {name: one.scale[:, 0].float() for name, one in codes.items()} if learning.epochs else {}

@@ -58,7 +58,7 @@ class Distillation:
 
     def _loss(self, batch: Mapping[str, Any], wanted: torch.Tensor) -> tuple[torch.Tensor, int]:
         found = self.student(batch)
-        mask = mask_for(batch, tuple(found.shape[:2])) if found.dim() == 3 else None
+        mask = mask_for(batch, (found.shape[0], found.shape[1])) if found.dim() == 3 else None
         if mask is not None:
             mask = mask.to(found.device)
             found, wanted = found[mask], wanted[mask]

@@ -33,11 +33,10 @@ def top_divergence(student: torch.Tensor, teacher: torch.Tensor, k: int, mode: s
         raise ConfigError(f"k={k}, mode={mode!r}: k at least 1 and one of {MODES} are needed")
     dtype = torch.promote_types(student.dtype, torch.float32)
     student, teacher = student.to(dtype), teacher.detach().to(dtype)
-    total_q, total_p = (None, None) if mode == "renorm" else (t.logsumexp(-1, keepdim=True) for t in (student, teacher))
+    whole = student, teacher
     if k < teacher.shape[-1]:
         teacher, index = teacher.topk(k, -1)
         student = student.gather(-1, index)
-    if total_p is None:
-        total_q, total_p = (t.logsumexp(-1, keepdim=True) for t in (student, teacher))
+    total_q, total_p = (t.logsumexp(-1, keepdim=True) for t in (whole if mode == "partial" else (student, teacher)))
     log_p, log_q = teacher - total_p, student - total_q
     return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -26,13 +26,16 @@ def covariance(parts: Iterable[torch.Tensor]) -> torch.Tensor:
     Raises:
         ConfigError: there are no rows.
     """
-    total = count = products = None
+    total: torch.Tensor | None = None
+    products, count = torch.zeros(()), 0
     for part in parts:
         rows = part.detach().to("cpu", torch.float64)
         if total is None:
-            total, products, count = torch.zeros(rows.shape[1], dtype=torch.float64), 0.0, 0
+            width = rows.shape[1]
+            total = torch.zeros(width, dtype=torch.float64)
+            products = torch.zeros(width, width, dtype=torch.float64)
         total, products, count = total + rows.sum(0), products + rows.t() @ rows, count + rows.shape[0]
-    if not count:
+    if total is None or not count:
         raise ConfigError("a covariance needs at least one row")
     mean = total / count
     return products / count - torch.outer(mean, mean)

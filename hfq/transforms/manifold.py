@@ -26,7 +26,8 @@ def parameter_groups(module: nn.Module, *, rotation_lr: float, lr: float) -> lis
 
     Parameters keep the order of ``named_parameters``; an empty group is left out.
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for part in module.modules():
         found = [p for p in part.parameters(recurse=False) if p.requires_grad]
         (matrices if isinstance(part, Orthogonal) else others).extend(found)
@@ -87,7 +88,7 @@ class ManifoldAdam(torch.optim.Optimizer):
                     shape = (*p.shape[:-2], 1, 1) if group["stiefel"] else p.shape
                     state["second"] = torch.zeros(shape, dtype=p.dtype, device=p.device)
                 state["step"] += 1
-                (self._cayley if group["stiefel"] else self._adam)(p, state, group)
+                (self._cayley if group["stiefel"] else self._adam)(p, p.grad, state, group)
         return loss
 
     @staticmethod
@@ -99,12 +100,12 @@ class ManifoldAdam(torch.optim.Optimizer):
         spread = (state["second"] / (1 - b2**count)).sqrt_().add_(group["eps"])
         return state["first"] / (1 - b1**count) / spread
 
-    def _adam(self, p: torch.Tensor, state: dict[str, Any], group: Any) -> None:
-        p.sub_(self._moments(p.grad, p.grad.square(), state, group), alpha=group["lr"])
+    def _adam(self, p: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: Any) -> None:
+        p.sub_(self._moments(gradient, gradient.square(), state, group), alpha=group["lr"])
 
-    def _cayley(self, p: torch.Tensor, state: dict[str, Any], group: Any) -> None:
+    def _cayley(self, p: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: Any) -> None:
         x = p.detach()
-        riemannian = p.grad - x @ p.grad.mT @ x
+        riemannian = gradient - x @ gradient.mT @ x
         # On square matrices the canonical inner product is half the Euclidean one.
         square = 0.5 * riemannian.square().sum((-2, -1), keepdim=True)
         direction = self._moments(riemannian, square, state, group)

@@ -150,9 +150,9 @@ def _fold(model: nn.Module, ends: Ends, rotation: torch.Tensor, place: Placement
         if ends.fold is not None:
             apply_fold(ends.fold, fresh.__getitem__)
             norm = ends.fold.sources[0].part
-            if isinstance(norm, Norm) and norm.bias is not None:
-                bias = norm.get_bias()
-                norm.set_bias(bias @ rotation.to(bias.device))  # type: ignore[union-attr]
+            bias = norm.get_bias() if isinstance(norm, Norm) else None
+            if isinstance(norm, Norm) and bias is not None:
+                norm.set_bias(bias @ rotation.to(bias.device))
         for matrix in parts:
             rotate_inputs(matrix, rotation)
         for matrix in ends.writers:

@@ -66,6 +66,8 @@ def with_outliers(model: Any) -> Any:
                 norm.weight[[3, 20]] *= 40
                 for reader in readers:
                     reader.weight[:, [3, 20]] /= 40
+            layer.self_attn.v_proj.weight[[5, 21]] *= 50  # (each of them is read by two query heads)
+            layer.self_attn.o_proj.weight[:, [5, 21, 37, 53]] /= 50
             layer.mlp.up_proj.weight[[7, 50]] *= 50
             layer.mlp.down_proj.weight[:, [7, 50]] /= 50
     return model
@@ -114,12 +116,16 @@ def test_scaled_channels_leave_the_model_as_it_is(rule: str) -> None:
             ranges = window.ranges[step.block.name]
             changed |= balance.balance(pairs, step.block.name, ranges, RULES[rule])
         list(window.leaving())
-    assert {name.rpartition(".")[2] for name in changed} >= {"input_layernorm", "post_attention_layernorm", "up_proj"}
+    wanted = {"input_layernorm", "post_attention_layernorm", "v_proj", "up_proj"}
+    assert {name.rpartition(".")[2] for name in changed} >= wanted
     after = logits(model)
     assert (after - before).norm() <= 1e-4 * before.norm() and not torch.equal(after, before)
     fresh = with_outliers(tiny()).model.layers[0]
     ratio = (fresh.input_layernorm.weight / model.model.layers[0].input_layernorm.weight).detach()
     assert (ratio[[3, 20]] > 2).all() and (ratio == 1).sum() >= 60
+    ratio = (model.model.layers[0].self_attn.o_proj.weight / fresh.self_attn.o_proj.weight).detach()[0]
+    torch.testing.assert_close(ratio[[5, 37]], ratio[[21, 53]])  # one scale for a value channel and all its readers
+    assert (ratio[[5, 21, 37, 53]] > 2).all()
 
 
 @pytest.mark.must_hold("cbq", 2)

@@ -180,17 +180,18 @@ def test_accumulators_are_bounded_by_the_config() -> None:
 def test_perplexity(small_lm: Any) -> None:
     windows, data = small_lm.windows(10), torch.tensor(small_lm.windows(12, part="train", seed=0))
     found = {"float": perplexity(small_lm.make(), windows)}
-    common = {"calibration_samples": 12, "calibration_seqlen": 128, "batch_size": 4}
+    common, four = {"calibration_samples": 12, "calibration_seqlen": 128}, {"bits": 4, "activation_bits": 4}
     for name, options in {
-        "w8a8": {}, "w6a6": {"bits": 6, "activation_bits": 6},
-        "w4a4 start": {"bits": 4, "activation_bits": 4}, "w4a4": {"bits": 4, "activation_bits": 4, "epochs": 6},
-        "w4a4 unsmoothed": {"bits": 4, "activation_bits": 4, "alpha": 0.0, "qk_alpha": 0.0},
+        "w8a8": {}, "w6a6": {"bits": 6, "activation_bits": 6}, "w4a4 start": four,
+        "w4a4 searched ranges": {**four, "weight_clip": "mse"},
+        "w4a4": {**four, "epochs": 6, "lr": 1e-2, "batch_size": 2},
     }.items():
         model = small_lm.make()
         hfq.quantize(model, config_of(**common, **options), data)
         found[name] = perplexity(model, windows)
     assert found["w8a8"] <= 1.05 * found["float"], found
     assert found["w8a8"] < found["w6a6"] < found["w4a4"] < found["w4a4 start"], found
+    assert found["w4a4"] < found["w4a4 searched ranges"], found
 
 
 # -- what every method owes ------------------------------------------------------------------------------------------
