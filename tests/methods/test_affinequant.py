@@ -114,20 +114,20 @@ def moved(kind: str, options: Options, dtype: torch.dtype = torch.float32) -> fl
 WEIGHTS, BOTH = AffineQuantConfig(), AffineQuantConfig(activation_bits=4)
 
 
-@pytest.mark.must_hold(SLUG, 1)
+@pytest.mark.must_hold("affinequant", 1)
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
 @pytest.mark.parametrize("config", [WEIGHTS, BOTH, AffineQuantConfig(ln_matrix=True, qk_matrix=True)])
 def test_random_transforms_leave_the_model_as_it_is(kind: str, config: AffineQuantConfig) -> None:
     assert moved(kind, config.options) < 1e-4
 
 
-@pytest.mark.must_hold(SLUG, 1)
+@pytest.mark.must_hold("affinequant", 1)
 @pytest.mark.parametrize("kind", ["opt", "gpt2"])
 def test_in_float64_up_to_its_rounding(kind: str) -> None:
     assert moved(kind, BOTH.options, torch.float64) < 1e-9
 
 
-@pytest.mark.must_hold(SLUG, 2)
+@pytest.mark.must_hold("affinequant", 2)
 def test_free_queries_fail_under_rotary_embeddings_only() -> None:
     free = AffineQuantConfig(activation_bits=4, qk_mode="free").options
     assert moved("llama", free) > 1e-2
@@ -136,7 +136,7 @@ def test_free_queries_fail_under_rotary_embeddings_only() -> None:
     assert any("not equivalent" in note for note in report.notes)
 
 
-@pytest.mark.must_hold(SLUG, 3)
+@pytest.mark.must_hold("affinequant", 3)
 def test_masks_open_epoch_by_epoch() -> None:
     _, transform = next(transforms(tiny(), BOTH.options))
     epochs = 5
@@ -155,7 +155,7 @@ def test_masks_open_epoch_by_epoch() -> None:
                 assert (mask[away > 0] == one.map.factor).all()
 
 
-@pytest.mark.must_hold(SLUG, 4)
+@pytest.mark.must_hold("affinequant", 4)
 def test_closed_entries_get_no_gradient_and_open_ones_the_damped_one() -> None:
     grads = {}
     for factor in (0.1, 0.2):
@@ -174,7 +174,7 @@ def test_closed_entries_get_no_gradient_and_open_ones_the_damped_one() -> None:
         assert torch.allclose(2 * one[:, ~eye], other[:, ~eye], rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
-@pytest.mark.must_hold(SLUG, 5)
+@pytest.mark.must_hold("affinequant", 5)
 def test_without_what_lies_off_the_diagonal_it_is_scales_and_ranges() -> None:
     errors = []
     for options in ({"maps": "diagonal"}, {"sf": 0.0, "qk_matrix": False, "ln_matrix": False}):
@@ -185,7 +185,7 @@ def test_without_what_lies_off_the_diagonal_it_is_scales_and_ranges() -> None:
     assert all(after < before for after, before in zip(errors[0], first, strict=True))
 
 
-@pytest.mark.must_hold(SLUG, 6)
+@pytest.mark.must_hold("affinequant", 6)
 def test_matrices_stay_invertible_and_a_bad_run_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
     step, transform = next(transforms(tiny(), BOTH.options, QuantSpec(3)))
@@ -200,7 +200,7 @@ def test_matrices_stay_invertible_and_a_bad_run_starts_again(monkeypatch: pytest
     assert torch.isfinite(logits(model)).all()
 
 
-@pytest.mark.must_hold(SLUG, 6)
+@pytest.mark.must_hold("affinequant", 6)
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:
     step, transform = next(transforms(tiny(), WEIGHTS.options, QuantSpec(3)))
     calls: list[int] = []
@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_ends_the_run() -> None:
         fit_transformed(step, transform, epochs=3, watch=lambda t: next(iter(t.maps.parameters())).data.fill_(1e30))
 
 
-@pytest.mark.must_hold(SLUG, 7)
+@pytest.mark.must_hold("affinequant", 7)
 @pytest.mark.parametrize("bits", [3, 2])
 def test_a_block_comes_closer_than_by_rounding_to_nearest(bits: int, small_lm: Any) -> None:
     data = [{"input_ids": torch.tensor(small_lm.windows(4, 96, part="train", seed=0))}]
@@ -236,7 +236,7 @@ def test_a_block_comes_closer_than_by_rounding_to_nearest(bits: int, small_lm: A
     assert found["affine"].final < 0.9 * found["nearest"].final, found
 
 
-@pytest.mark.must_hold(SLUG, 8)
+@pytest.mark.must_hold("affinequant", 8)
 @pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 2, "sf": 0.1, "dtype": torch.bfloat16}])
 def test_saved_models_hold_the_masked_matrix_and_load_bit_exactly(options: dict[str, Any], tmp_path: Any) -> None:
     options = dict(options)
@@ -271,7 +271,7 @@ def test_saved_models_hold_the_masked_matrix_and_load_bit_exactly(options: dict[
         assert (part.matrix.double() - torch.linalg.inv(raw[name])).norm() > 1e-2 * inverse.norm()
 
 
-@pytest.mark.must_hold(SLUG, 8)
+@pytest.mark.must_hold("affinequant", 8)
 def test_quantized_activations_and_attention_are_saved(tmp_path: Any) -> None:
     model = tiny()
     report = quantized(model, activation_bits=4)
@@ -321,7 +321,7 @@ def test_keys_and_values_have_the_width_or_the_method_that_is_asked_for(cache: d
         assert model.generate(ids(1), max_new_tokens=3, do_sample=False).shape == (1, 19)
 
 
-@pytest.mark.must_hold(SLUG, 9)
+@pytest.mark.must_hold("affinequant", 9)
 def test_a_dead_channel_and_a_constant_row_give_finite_numbers() -> None:
     model = tiny()
     with torch.no_grad():
@@ -337,7 +337,7 @@ def test_a_dead_channel_and_a_constant_row_give_finite_numbers() -> None:
             assert torch.isfinite(module.scale).all() and (module.scale > 0).all()
 
 
-@pytest.mark.must_hold(SLUG, 10)
+@pytest.mark.must_hold("affinequant", 10)
 def test_shared_heads_have_one_matrix_each() -> None:
     assert moved("llama", BOTH.options) < 1e-4
     _, transform = next(transforms(tiny(), BOTH.options))
