@@ -13,10 +13,10 @@ from hfq.report import Report
 
 __all__ = ["ComposedConfig", "carried"]
 
-# The method that a config can carry in `kv_cache`.
-CACHE_METHOD = "kvquant"
 # What the backend does not take from the config around it.
 _OWN = ("quant_method", "method", "overrides", "allow_partial", "dequantize", "kv_cache", "kv_bits")
+# What a carried cache takes from the config around it.
+_SHARED = frozenset({"seed", "progress"})
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -99,19 +99,32 @@ def carried(config: HfqConfig) -> HfqConfig | None:
         return None
     said = _said(said) if isinstance(said, HfqConfig) else said
     if not isinstance(said, Mapping):
-        raise ConfigError(f"kv_cache={said!r}: a KVQuantConfig, or a dict of its fields, is needed")
-    said = {"method": CACHE_METHOD, **said}
-    if said["method"] != CACHE_METHOD or config.method == CACHE_METHOD:
-        raise ConfigError(f"kv_cache: {said['method']} is carried by {config.method}; the config of another method "
-                          f"carries one of {CACHE_METHOD}")
+        raise ConfigError(f"kv_cache={said!r}: the Config of a method of caches, or a dict of its fields, is needed")
+    methods = importlib.import_module("hfq.methods")
+    said = {"method": said.get("method") or _of_caches(methods), **said}
+    cls = methods.config_class(said["method"])
+    if not cls.is_cache or config.is_cache:
+        raise ConfigError(f"kv_cache: {config.method} cannot carry {said['method']}: a config carries that of a method "
+                          "of caches, which carries none itself")
     if config.kv_bits != 16:
         raise ConfigError(f"kv_bits={config.kv_bits} and kv_cache: say it once, in kv_cache")
     data = [name for name in ("calibration", "processor", "overrides", "kv_cache") if said.get(name)]
     if data:
         raise ConfigError(f"kv_cache: {data[0]!r} is said by the config around it")
-    made = importlib.import_module("hfq.methods").config_class(CACHE_METHOD)(**said)
+    made = cls(**said)
+    for name in _SHARED - set(said):
+        setattr(made, name, getattr(config, name))
     config.kv_cache = {name: value for name, value in said.items() if value is not None}
     return made
+
+
+def _of_caches(methods: Any) -> str:
+    """The method that a dict without one means: the first of the table that quantizes nothing but caches."""
+    names = (slug for slug, method in methods.METHODS.items() if method.available)
+    slug = next((slug for slug in names if methods.config_class(slug).is_cache), None)
+    if slug is None:
+        raise ConfigError("kv_cache: this version of hfq has no method of caches")
+    return slug
 
 
 def _said(backend: HfqConfig) -> dict[str, Any]:

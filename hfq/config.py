@@ -68,6 +68,7 @@ class HfqConfig(QuantizationConfigMixin):
     supports_activation_bits: ClassVar[bool] = False
     supports_kv_bits: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = True
+    is_cache: ClassVar[bool] = False  # quantizes nothing but the key-value cache: others carry it in `kv_cache`
     _given = frozenset[str]()  # fields that were passed in
 
     quant_method: str = field(default=QUANT_METHOD, repr=False)
@@ -162,8 +163,7 @@ class HfqConfig(QuantizationConfigMixin):
                 if name in known:
                     self._check_value(known[name], value, hints[name], f"{where}[{name!r}]")
                 elif name not in _SPEC_FIELDS:
-                    near = did_you_mean(str(name), [*known, *_SPEC_FIELDS])
-                    raise ConfigError(f"{where}: unknown field {name!r}{near}")
+                    raise ConfigError(f"{where}: unknown field {name!r}{did_you_mean(name, [*known, *_SPEC_FIELDS])}")
             if values.get("activation_bits", 16) != 16 and not self.supports_activation_bits:
                 raise ConfigError(f"{where}: {self.method} does not quantize activations (16 is off)")
             try:

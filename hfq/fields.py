@@ -99,7 +99,7 @@ def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` or the list of what there is."""
     known = sorted(set(known))
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(str(name), known, 1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 

@@ -37,6 +37,7 @@ class KVQuantConfig(HfqConfig):
 
     method = "kvquant"
     supports_kv_bits = True
+    is_cache = True
 
     bits: int = option(16, range=(16, 16))
     kv_bits: int = option(4, range=(1, 8), also=(16,))

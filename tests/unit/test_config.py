@@ -272,3 +272,20 @@ def test_every_available_config_is_importable_and_complete():
 ])
 def test_types(value, hint, fits):
     assert accepts(value, hint) is fits
+
+
+def test_a_carried_cache_is_found_by_its_flag_and_shares_the_seed():
+    flagged = [slug for slug, method in methods.METHODS.items()
+               if method.available and methods.config_class(slug).is_cache]
+    assert len(flagged) == 1  # a dict without a method means it
+    config = RTNConfig(kv_cache={"kv_bits": 3}, seed=5, progress=False)
+    assert type(config._cache) is methods.config_class(flagged[0]) and config.kv_cache["method"] == flagged[0]
+    assert config._cache.seed == 5 and config._cache.progress is False and "seed" not in config.kv_cache
+    again = HfqConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again._cache.seed == 5 and again.kv_cache == config.kv_cache
+    assert RTNConfig(kv_cache={"kv_bits": 3, "seed": 7}, seed=5)._cache.seed == 7
+    for wrong in ({"method": "rtn"}, {"method": "gptq", "bits": 4}):
+        with pytest.raises(ConfigError, match="cannot carry"):
+            RTNConfig(kv_cache=wrong)
+    with pytest.raises(ConfigError, match="cannot carry"):
+        methods.config_class(flagged[0])(kv_cache={"kv_bits": 3})
