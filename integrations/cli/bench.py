@@ -1,4 +1,4 @@
-"""``hfq bench kernels`` and ``hfq bench methods``."""
+"""``hfq bench kernels``, ``hfq bench speed`` and ``hfq bench methods``."""
 
 from __future__ import annotations
 
@@ -47,6 +47,36 @@ def kernels(
     worse = bench_kernels.regressions(rows, best) if best is not None else []
     if worse:
         raise KernelError("; ".join(worse))
+
+
+@bench.command()
+def speed(
+    model: str = typer.Argument("demo", help="Folder, Hub id, demo, or random:2048x2 (width x blocks)."),
+    rows: str = typer.Option("w4,w8a8", "--rows", "-r", help="w4, w8, w8a8, w4a8, kv4, kv4-codebook."),
+    prompt: int = typer.Option(512, "--prompt", min=1, help="Tokens of the prompt whose prefill is timed."),
+    context: int = typer.Option(0, "--context", min=0, help="Tokens in the cache before decoding; 0: a short prompt."),
+    new_tokens: int = typer.Option(32, "--new-tokens", min=1, help="Decoded tokens a turn."),
+    rounds: int = typer.Option(5, "--rounds", min=1, help="Turns of every model, of which the best counts."),
+    output: Path = typer.Option(None, "--output", "-o", help="Also write the rows as JSON."),
+) -> None:
+    """Time whole quantized models against the float one, in turns in one process.
+
+    [dim]hfq bench speed random:2048x2 --rows w8a8[/]
+
+    [dim]hfq bench speed demo --rows kv4,kv4-codebook --context 8192[/]
+    """
+    import json
+
+    from hfq.integrations import bench_speed
+
+    found = bench_speed.measured(model, [row.strip() for row in rows.split(",")], prompt=prompt, context=context,
+                                 new_tokens=new_tokens, rounds=rounds, say=screen.say)
+    after = f"decode after {context or 8} tokens"
+    screen.results_table(found, title=f"{model}; prefill of {prompt}, {after}; {_where()}")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        protocol = {"model": model, "prompt": prompt, "context": context, "new_tokens": new_tokens, "where": _where()}
+        output.write_text(json.dumps({**protocol, "rows": found}, indent=1) + "\n", encoding="utf-8")
 
 
 @bench.command()

@@ -66,7 +66,7 @@ def packed(files):
 def test_help_has_examples():
     for command in ("quantize", "eval", "compare", "explain", "card", "push", "methods"):
         assert f"hfq {command}" in run(command, "--help").output.partition("Usage")[2].partition("\n")[2]
-    for command in ("kernels", "methods"):
+    for command in ("kernels", "methods", "speed"):
         usage, _, rest = run("bench", command, "--help").output.partition("Usage")[2].partition("\n")
         assert f"hfq bench {command} " in rest, usage
 
@@ -155,6 +155,16 @@ def test_bench_kernels(tmp_path):
     assert rows and all(row["ratio"] > 0 for row in rows)
 
 
+def test_bench_speed(tmp_path):
+    args = ("bench", "speed", "random:256x1", "--rows", "w8a8,kv4", "--prompt", 16, "--context", 40, "--new-tokens", 2,
+            "--rounds", 1)
+    shown = run(*args, "-o", tmp_path / "rows.json").output
+    assert "weights and inputs of 8 bits" in shown and "decode after 40" in shown
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["decode_ratio"] for row in rows][0] == 1 and len(rows) == 3
+    assert 8 <= rows[1]["bits_per_weight"] < 8.2 and 4 <= rows[2]["cache_bits"] < 5
+
+
 def test_bench_methods(files, tmp_path):
     args = ("bench", "methods", files / "float", "--methods", "rtn", "--bits", "4", "-g", 32, "--data",
             files / "text.txt", "--windows", 2, "--seqlen", 32, "-o", tmp_path / "m.json")
@@ -217,6 +227,8 @@ def test_unfinished_runs_are_not_lost(files, tmp_path):
     (("compare", "a", "b", "--plot", "x.bmp"), "end the name in .png"),
     (("bench", "kernels", "--quick", "--only", "w9"), "matches no row"),
     (("bench", "methods", "demo", "--table", "nope"), "are the tables"),
+    (("bench", "speed", "random:100x1"), "multiple of 256"),
+    (("bench", "speed", "random:256x1", "--rows", "w9"), "are the rows"),
     (("eval", "{files}/float", "--data", "{files}/text.txt", "--length", "100000"), "windows of 100000 tokens"),
 ])
 def test_other_errors(files, args, match):
