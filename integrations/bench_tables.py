@@ -195,6 +195,10 @@ def caches() -> list[Case]:
         ("+ codebook", {"outliers": 0.0, "sink": 0}), ("+ outliers", {"sink": 0}),
     ]
     rows += [case(f"{name}, 3 bits", "kvquant", bits=16, kv_bits=3, **options) for name, options in steps]
+    # With few heads 1 % is a slot or none; the paper keeps 5 first tokens for long contexts.
+    more = {"outliers": 0.02, "sink": 5, "fit_tokens": 32768}
+    label = "KVQuant, 2 % outliers, 5 first tokens, cache of"
+    rows += [case(f"{label} {bits} bits", "kvquant", bits=16, kv_bits=bits, **more) for bits in (3, 2)]
     rows.append(case("GPTQ of 4 bits, KVQuant cache of 4 bits", "gptq", bits=4, kv_cache={"kv_bits": 4},
                      clip="mse", act_order=True, static_groups=True))
     return rows
