@@ -10,14 +10,20 @@ import torch
 from hfq.errors import CheckpointError, ConfigError, HfqError, QuantizationError
 from hfq.formats import ActivationSpec, activation
 from hfq.formats.activation import Parameters
+from hfq.formats.twin import TwinSpec
 from hfq.layers import manifest as record
 from hfq.layers.joint import JointRange
 from hfq.layers.parts import ChannelScale, Hadamard, OnlinePart
+from hfq.layers.shift import ChannelShift
 from hfq.layers.slot import Slot
 
 __all__ = [
-    "Chain", "QuantizedInput", "activation_of", "check_input", "describe_input", "input_shapes", "join", "online_of",
+    "Chain", "InputSpec", "QuantizedInput", "activation_of", "check_input", "describe_input", "input_shapes", "join",
+    "online_of",
 ]  # fmt: skip
+
+
+InputSpec = ActivationSpec | TwinSpec
 
 
 class Chain(OnlinePart):
@@ -67,7 +73,7 @@ def join(online: OnlinePart | Sequence[OnlinePart] | None) -> OnlinePart | None:
     return None if not parts else parts[0] if len(parts) == 1 else Chain(parts)
 
 
-def input_shapes(spec: ActivationSpec | None, prefix: str = "") -> dict[str, torch.dtype]:
+def input_shapes(spec: InputSpec | None, prefix: str = "") -> dict[str, torch.dtype]:
     """Names and dtypes of the stored input parameters, each of one element ``[1]``."""
     if spec is None:
         return {}
@@ -82,7 +88,7 @@ def input_shapes(spec: ActivationSpec | None, prefix: str = "") -> dict[str, tor
 class QuantizedInput:
     """What a packed layer knows of its inputs: a format, and for static ones and factors parameters in the module."""
 
-    activation: ActivationSpec | None = None
+    activation: InputSpec | None = None
     slots: dict[str, Slot]
     label: str
     _parameters: dict[str, Any]
@@ -119,7 +125,7 @@ class QuantizedInput:
         return (stored[prefix + "input_scale"], stored.get(prefix + "input_zero_point")), None
 
 
-def check_input(module: Any, spec: ActivationSpec, prefix: str, where: str, error: type[HfqError]) -> None:
+def check_input(module: Any, spec: InputSpec, prefix: str, where: str, error: type[HfqError]) -> None:
     """Raise ``error`` unless the stored input parameters of ``module`` make sense."""
     for name, dtype in input_shapes(spec, prefix).items():
         tensor = module._parameters[name]
@@ -137,13 +143,14 @@ def check_input(module: Any, spec: ActivationSpec, prefix: str, where: str, erro
         raise error(f"{where}.{prefix}input_factor is {float(factor)}: a finite number above zero is needed")
 
 
-def describe_input(spec: ActivationSpec | None) -> dict[str, Any] | None:
+def describe_input(spec: InputSpec | None) -> dict[str, Any] | None:
     """The part of a manifest entry that :func:`activation_of` reads."""
     return None if spec is None else spec.to_dict()
 
 
-def activation_of(name: str, entry: Mapping[str, Any]) -> ActivationSpec | None:
-    """The activation format of a manifest entry; entries from before there was one have none.
+def activation_of(name: str, entry: Mapping[str, Any]) -> InputSpec | None:
+    """The activation format of a manifest entry: "form" says which kind, "uniform" if nothing does. Entries from before
+    there was one have none.
 
     Raises:
         CheckpointError: it is damaged.
@@ -152,8 +159,13 @@ def activation_of(name: str, entry: Mapping[str, Any]) -> ActivationSpec | None:
     if given is None:
         return None
     try:
-        return ActivationSpec.from_dict(dict(given))
-    except (TypeError, ValueError, ConfigError) as error:
+        form = given.get("form", "uniform")
+        if form not in ("uniform", "twin"):
+            raise CheckpointError(f"{name}: inputs of form {form!r}: the checkpoint needs a newer hfq")
+        if form == "twin":
+            return TwinSpec.from_dict(dict(given))
+        return ActivationSpec.from_dict({key: value for key, value in given.items() if key != "form"})
+    except (TypeError, ValueError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{name}: its activation format in the manifest is not valid: {error}") from error
 
 
@@ -178,6 +190,10 @@ def _part(layer: str, leaf: str, entry: Any, columns: int, device: Any) -> Onlin
         record.fields(name, entry, {"kind", "size"})
         record.size(name, entry, "size", columns)
         return ChannelScale(columns, device=device)
+    if isinstance(entry, Mapping) and entry.get("kind") == "channel_shift":
+        record.fields(name, entry, {"kind", "size"})
+        record.size(name, entry, "size", columns)
+        return ChannelShift(columns, device=device)
     if isinstance(entry, Mapping) and entry.get("kind") == "joint_range":
         return _joint(layer, name, entry, columns, device)
     record.fields(name, entry, {"kind", "size", "block", "signs"})

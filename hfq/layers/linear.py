@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from hfq import kernels
-from hfq.formats import ActivationSpec, QuantSpec
-from hfq.layers.inputs import describe_input
+from hfq.formats import QuantSpec
+from hfq.formats.twin import TwinSpec
+from hfq.kernels import twin
+from hfq.layers.inputs import InputSpec, describe_input
 from hfq.layers.online import OnlinePart
 from hfq.layers.packed import PackedModule
 from hfq.layers.slot import Slot
@@ -38,7 +40,7 @@ class PackedMatrix(PackedModule):
     def __init__(
         self, in_features: int, out_features: int, spec: QuantSpec, *, bias: torch.Tensor | bool | None = None,
         compute_dtype: torch.dtype = torch.float32, online: OnlinePart | None = None, device: Any = None,
-        activation: ActivationSpec | None = None,
+        activation: InputSpec | None = None,
     ) -> None:
         slot = Slot(spec, out_features, in_features, transposed=self._transposed)
         super().__init__({"weight": slot}, compute_dtype=compute_dtype, device=device, activation=activation)
@@ -75,6 +77,8 @@ class PackedMatrix(PackedModule):
         if self.activation is not None:
             params, factor = self.input_of("weight")
             operand = self.operand("weight")
+            if isinstance(self.activation, TwinSpec):
+                return twin.linear_twin(x, operand, self.bias, self.activation, params, before=self.online)  # type: ignore[arg-type]
             return kernels.linear_int(x, operand, self.bias, self.activation, params, factor, before=self.online)
         if self.online is not None:
             x = self.online(x)

@@ -14,7 +14,7 @@ from hfq.formats.activation import Parameters
 from hfq.layers.attached import AttachedPart
 from hfq.layers.deferred import Deferred
 from hfq.layers.experts import is_transposed, pack_experts
-from hfq.layers.inputs import check_input, input_shapes, join
+from hfq.layers.inputs import InputSpec, check_input, input_shapes, join
 from hfq.layers.integer import IntegerModule
 from hfq.layers.integer_build import check as check_integer
 from hfq.layers.kinds import empty, kind_of, matrix_of, to_float
@@ -36,7 +36,7 @@ _TRIM_EVERY = 1 << 20  # bytes of prepared layers; preparing leaves six times as
 
 def swap(
     model: nn.Module, name: str, codes: Codes, report: Report | None = None, *,
-    online: OnlinePart | Sequence[OnlinePart] | None = None, activation: ActivationSpec | None = None,
+    online: OnlinePart | Sequence[OnlinePart] | None = None, activation: InputSpec | None = None,
     activation_params: Parameters | None = None, activation_factor: torch.Tensor | None = None,
     asked: Mapping[str, Any] | None = None, tokens: int | None = None, reason: str = "",
     extra: Mapping[str, Any] | None = None, folded: bool = False,
@@ -150,11 +150,11 @@ def swap_experts(
     return new
 
 
-def _asked(asked: Mapping[str, Any], activation: ActivationSpec | None) -> dict[str, Any]:
+def _asked(asked: Mapping[str, Any], activation: InputSpec | None) -> dict[str, Any]:
     return dict(asked) if activation is None else {"activation_bits": activation.bits, **asked}
 
 
-def _extra(extra: Mapping[str, Any] | None, activation: ActivationSpec | None) -> dict[str, Any]:
+def _extra(extra: Mapping[str, Any] | None, activation: InputSpec | None) -> dict[str, Any]:
     found = dict(extra or {})
     return found if activation is None else {"activation": activation.to_dict(), **found}
 
@@ -227,7 +227,7 @@ def check_codes(module: PackedModule) -> None:
         raise CheckpointError(f"{module.label}.bias has elements that are not finite")
     if module.activation is not None:
         for slot in module.slots.values():
-            check_input(module, module.activation, slot.prefix, module.label, CheckpointError)
+            check_input(module, module.activation, slot.input_prefix, module.label, CheckpointError)
     if module.online is not None:
         for name, part in module.online.named_modules():
             where = f"{module.label}.online" + (f".{name}" if name else "")
@@ -235,6 +235,9 @@ def check_codes(module: PackedModule) -> None:
             vector = getattr(part, "vector" if isinstance(part, ChannelScale) else "columns", None)
             if vector is not None and not vector.is_meta and not (torch.isfinite(vector) & (vector > 0)).all():
                 raise CheckpointError(f"{where} has scales that are not finite or not above zero")
+            shift = getattr(part, "shift", None)
+            if shift is not None and not shift.is_meta and not torch.isfinite(shift).all():
+                raise CheckpointError(f"{where}.shift has elements that are not finite")
 
 
 def _check_signs(module: nn.Module, where: str) -> None:

@@ -1,0 +1,270 @@
+"""What the inputs of sites, and the queries, keys, values and probabilities of attention, are in the quantized stream.
+
+Rows are kept as a sample of bounded size, the same for the same data and seed; several processes join theirs. Ranges
+come from the samples by :mod:`hfq.calibration.ranges`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfq.calibration import ranks
+from hfq.calibration.capture import forward, quiet
+from hfq.calibration.step import Step, input_rows
+from hfq.errors import DataError, QuantizationError
+from hfq.layers import routing
+
+__all__ = [
+    "AttentionSample", "RowSample", "Stage", "observe_attention", "observe_inputs", "observe_outside", "probabilities",
+    "stages",
+]  # fmt: skip
+
+# Elements of a sample: 16 MiB of float32.
+LIMIT = 1 << 22
+
+
+class RowSample:
+    """At most ``limit`` elements of the rows that were seen, every row as likely as any other.
+
+    Every row draws a number, and those with the least numbers are kept: the result depends on the data, its order and
+    the seed alone.
+    """
+
+    def __init__(self, limit: int = LIMIT, seed: int = 0) -> None:
+        self.limit = limit
+        self.generator = torch.Generator().manual_seed(seed)
+        self.kept: torch.Tensor | None = None
+        self.numbers = torch.empty(0, dtype=torch.float64)
+        self.seen = 0
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Add ``rows`` ``[N, K]``."""
+        rows = rows.detach().float()
+        if not bool(torch.isfinite(rows).all()):
+            raise DataError("an observed activation has NaN or infinite elements")
+        self.seen += rows.shape[0]
+        numbers = torch.rand(rows.shape[0], generator=self.generator, dtype=torch.float64)
+        most = max(1, self.limit // max(rows.shape[1], 1))
+        if rows.shape[0] > most:  # never more than a sample in memory
+            own = numbers.topk(most, largest=False).indices.sort().values
+            rows, numbers = rows[own.to(rows.device)], numbers[own]
+        self.kept = rows.cpu().clone() if self.kept is None else torch.cat([self.kept, rows.cpu()])
+        self.numbers = torch.cat([self.numbers, numbers])
+        self._thin(most)
+
+    def _thin(self, most: int) -> None:
+        if self.kept is not None and self.kept.shape[0] > most:
+            own = self.numbers.topk(most, largest=False).indices.sort().values
+            self.kept, self.numbers = self.kept[own], self.numbers[own]
+
+    def rows(self) -> torch.Tensor:
+        """The sample ``[N, K]`` of all processes, on the CPU; every process has to call this."""
+        parts = [part for part in ranks.gather(None if self.kept is None else (self.kept, self.numbers)) if part]
+        if not parts:
+            raise DataError("no calibration rows were seen: no range can be found")
+        self.kept, self.numbers = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        self._thin(max(1, self.limit // max(self.kept.shape[1], 1)))
+        return self.kept
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a block that is calibrated at once: sites that read one tensor, or the products of an attention."""
+
+    sites: tuple[Any, ...] = ()
+    attention: str = ""
+
+
+def stages(step: Step) -> list[Stage]:
+    """The groups of sites of a block and its attentions, in the order in which they run.
+
+    The groups are those of the plan (``Config.traced_plan``). Attention that does not go through the attention
+    interface has no stage.
+    """
+    order: dict[Any, None] = {}
+    names = {module: name for name, module in step.block.module.named_modules(prefix=step.block.name)}
+    place = {site.name: group for group in map(tuple, step.block.groups) for site in group}
+    handles = []
+    for site in step.block.sites:
+        def hook(_: nn.Module, __: Any, name: str = site.name) -> None:
+            order.setdefault(Stage(place[name]))
+
+        handles.append(site.module.register_forward_pre_hook(hook))
+
+    def seen(module: nn.Module, *_: Any) -> None:
+        if module in names:
+            order.setdefault(Stage(attention=names[module]))
+
+    try:
+        with routing.observing(step.model, seen):
+            for i in range(min(1, len(step))):
+                step.call(i)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = list(ranks.broadcast([(tuple(s.name for s in stage.sites), stage.attention) for stage in order]))
+    known = {site.name: site for site in step.block.sites}
+    made = [Stage(tuple(known[name] for name in sites), called) for sites, called in found]
+    reached = {site for stage in made for site in stage.sites}
+    missed = [group for group in map(tuple, step.block.groups) if not reached & set(group)]
+    return made + [Stage(group) for group in missed]
+
+
+def observe_inputs(
+    step: Step, sites: Sequence[Any], *, limit: int = LIMIT, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Rows of what enters each of ``sites`` while the block runs on the quantized stream, padded ones left out.
+
+    Sites of one call that are given the same tensor share one sample.
+
+    Returns:
+        site name to ``[N, K]``; for a convolution one row a position of its input.
+
+    Raises:
+        QuantizationError: a site was never reached.
+    """
+    samples: dict[str, RowSample] = {}
+    shared: dict[str, str] = {}
+    last: list[Any] = [None, ""]
+    now = [0]
+
+    def hook(site: Any, x: torch.Tensor) -> None:
+        if x is last[0] and site.name != last[1]:
+            shared[site.name] = last[1]
+            return
+        last[:] = [x, site.name]
+        if site.name not in samples:
+            samples[site.name] = RowSample(limit, seed)
+        rows = x.movedim(1, -1) if site.kind == "conv" else x
+        mask = step.mask(now[0], tuple(x.shape)) if x.ndim >= 3 and site.kind != "conv" else None
+        keep = None if mask is None else input_rows(x, step.hidden(now[0]), mask)
+        rows = rows.reshape(-1, rows.shape[-1])
+        samples[site.name].update(rows if keep is None else rows[keep.to(rows.device)])
+
+    with _inputs(sites, hook):
+        for i in range(len(step)):
+            now[0] = i
+            step.call(i)
+            last[:] = [None, ""]
+    leaders = ranks.broadcast({site.name: shared.get(site.name, site.name) for site in sites})
+    return _joined(sites, samples, leaders, limit, seed)
+
+
+def _joined(
+    sites: Sequence[Any], samples: Mapping[str, RowSample], leaders: Mapping[str, str], limit: int, seed: int
+) -> dict[str, torch.Tensor]:
+    rows: dict[str, torch.Tensor] = {}
+    for name in dict.fromkeys(leaders[site.name] for site in sites):
+        try:
+            rows[name] = samples.get(name, RowSample(limit, seed)).rows()
+        except DataError as error:
+            raise QuantizationError(
+                f"{name}: {error}; the data does not reach it: leave it out with modules_to_not_convert"
+            ) from error
+    return {site.name: rows[leaders[site.name]] for site in sites}
+
+
+@contextmanager
+def _inputs(sites: Sequence[Any], hook: Callable[[Any, torch.Tensor], None]) -> Iterator[None]:
+    """Inside, ``hook(site, x)`` sees the first input of each site."""
+    handles = []
+    try:
+        for site in sites:
+            def before(_: nn.Module, args: tuple, kwargs: dict[str, Any], site: Any = site) -> None:
+                hook(site, args[0] if args else next(iter(kwargs.values())))
+
+            handles.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def observe_outside(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], sites: Sequence[Any], *, limit: int = LIMIT, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Rows of what enters ``sites`` in whole forward passes of ``model`` as it is now; sites never reached are missing.
+
+    For the sites outside the blocks, once the blocks are packed.
+    """
+    samples: dict[str, RowSample] = {}
+
+    def hook(site: Any, x: torch.Tensor) -> None:
+        rows = x.movedim(1, -1) if site.kind == "conv" else x
+        samples.setdefault(site.name, RowSample(limit, seed)).update(rows.reshape(-1, rows.shape[-1]))
+
+    with quiet(model), _inputs(sites, hook):
+        for i in ranks.share(len(batches)):
+            forward(model, batches[i])
+    reached = {name for names in ranks.gather(sorted(samples)) for name in names}
+    return {site.name: samples.get(site.name, RowSample(limit, seed)).rows() for site in sites if site.name in reached}
+
+
+@dataclass
+class AttentionSample:
+    """Elements of what an attention computes with: ``query``, ``key``, ``value`` and ``probabilities``, rows of heads.
+
+    ``query``, ``key`` and ``value`` are ``[N, head_dim]``; ``probabilities`` ``[N, tokens]`` (of the longest call).
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    probabilities: torch.Tensor
+
+
+def probabilities(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The softmax of an attention in float32, ``[batch, heads, queries, keys]``."""
+    scaling = getattr(module, "scaling", None)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = query.float() @ key.float().transpose(-1, -2) * scaling
+    if mask is not None:
+        mask = mask[..., : key.shape[-2]]
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
+    return scores.softmax(-1)
+
+
+def observe_attention(step: Step, name: str, *, limit: int = LIMIT, seed: int = 0) -> AttentionSample:
+    """Samples of one attention of the block on the quantized stream, before anything of it is quantized.
+
+    Raises:
+        QuantizationError: the attention was never reached through the attention interface.
+    """
+    target = step.model.get_submodule(name)
+    samples = {key: RowSample(limit, seed) for key in ("query", "key", "value", "probabilities")}
+    longest = [0]
+
+    def seen(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> None:
+        if module is not target:
+            return
+        with torch.no_grad():
+            p = probabilities(module, query, key, mask)
+        if p.shape[-1] != longest[0]:  # rows of another length cannot be put beside each other
+            if p.shape[-1] < longest[0]:
+                p = nn.functional.pad(p, (0, longest[0] - p.shape[-1]))
+            elif longest[0]:
+                kept = samples["probabilities"].kept
+                assert kept is not None
+                samples["probabilities"].kept = nn.functional.pad(kept, (0, p.shape[-1] - longest[0]))
+            longest[0] = max(longest[0], p.shape[-1])
+        for key_name, tensor in (("query", query), ("key", key), ("value", value), ("probabilities", p)):
+            samples[key_name].update(tensor.reshape(-1, tensor.shape[-1]))
+
+    with routing.observing(step.model, seen):
+        for i in range(len(step)):
+            step.call(i)
+    try:
+        return AttentionSample(**{key: sample.rows() for key, sample in samples.items()})
+    except DataError as error:
+        raise QuantizationError(f"{name}: the data does not reach this attention ({error})") from error
