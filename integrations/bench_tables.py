@@ -43,7 +43,7 @@ def affine() -> list[Case]:
     for label, grid in (
         ("W4A4", {"bits": 4, "activation_bits": 4, "group_size": -1}), ("W3A16", {"bits": 3}),
     ):
-        few = {**grid, **EIGHT, "calibration_samples": 32}
+        few = {**grid, **EIGHT, "calibration_samples": 32, "mixed_precision": True}
         rows += [
             case(f"round to nearest, 8 blocks, {label}", "affinequant", **few, maps="none", clipping=False, epochs=0),
             case(f"scales and ranges only, 8 blocks, {label}", "affinequant", **few, maps="diagonal", epochs=20),
@@ -51,7 +51,7 @@ def affine() -> list[Case]:
         ]
     # Full matrices after the norms run online and are stored: with small hidden sizes that is as much as the weights.
     rows.append(case("AffineQuant without online matrices, 8 blocks, W3A16", "affinequant", bits=3, ln_matrix=False,
-                     **EIGHT, calibration_samples=32, epochs=20))
+                     **EIGHT, calibration_samples=32, mixed_precision=True, epochs=20))
     return rows
 
 
@@ -77,11 +77,11 @@ def cross() -> list[Case]:
 
 # Few steps from round to nearest; the published learning rates are for hundreds of steps a window and a soft rounding.
 LEARNED = {
-    "steps": 100, "batch_size": 4, "straight": True, "rounding": "full", "lr": 3e-2, "scale_lr": 1e-3,
+    "steps": 50, "batch_size": 4, "straight": True, "rounding": "full", "lr": 3e-2, "scale_lr": 1e-3,
     "mixed_precision": True,
 }
 # Blocks that windows hold twice are optimised twice: single blocks get the steps of two windows.
-SINGLE = {**LEARNED, "window": 1, "overlap": 0, "steps": 200}
+SINGLE = {**LEARNED, "window": 1, "overlap": 0, "steps": 100}
 
 
 def windows() -> list[Case]:
