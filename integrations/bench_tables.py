@@ -204,7 +204,23 @@ def caches() -> list[Case]:
     return rows
 
 
+def _headline() -> list[Case]:
+    """The rows that say most about quantized activations and caches."""
+    wanted = (
+        "float", "per token, W8A8", "CrossQuant, W8A8", "OSTQuant, W8A8",
+        "I-LLM from analytic scales, W8A8, integer only",
+        "CrossQuant over GPTQ, W4A8", "OSTQuant, W4A8, groups of 64", "no transforms, W4A4 KV4",
+        "smoothing only, W4A4 KV4", "random Hadamard and GPTQ (as QuaRot), W4A4 KV4", "OSTQuant, W4A4 KV4",
+        "range a token, cache of 4 bits", "windows of 32 tokens, cache of 4 bits", "KVQuant, cache of 4 bits",
+        "range a token, cache of 3 bits", "windows of 32 tokens, cache of 3 bits", "KVQuant, cache of 3 bits",
+        "KVQuant, 2 % outliers, 5 first tokens, cache of 3 bits",
+    )
+    known = {case.name: case for table in (cross(), integer(), whole_model(), caches()) for case in table}
+    return [known[name] for name in wanted]
+
+
 TABLES: dict[str, list[Case]] = {
+    "activations": _headline(),
     "affine": affine(),
     "cache": caches(),
     "cross": cross(),

