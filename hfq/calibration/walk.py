@@ -36,6 +36,7 @@ __all__ = ["Step", "generator", "walk"]
 
 Placement = Callable[[nn.Module], AbstractContextManager[Any]]
 ProgressBar = Callable[[int, str], Any]
+Restored = Callable[[Step, dict[str, torch.Tensor]], None]
 DEFAULT_MEMORY = 4 << 30
 
 
@@ -59,6 +60,7 @@ def walk(
     memory_limit: int | None = DEFAULT_MEMORY,
     min_tokens: int = 0,
     report: Report | None = None,
+    restored: Restored | None = None,
 ) -> Iterator[Step]:
     """Walk over the blocks of ``plan`` in execution order.
 
@@ -76,6 +78,7 @@ def walk(
         memory_limit: bytes of activations kept in memory.
         min_tokens: rows that every site has to see.
         report: receives the rows.
+        restored: called with every block that is installed instead of handed out, and with its ``step.kept``.
 
     Raises:
         DataError: no data, or data that makes the model's activations NaN or infinite.
@@ -90,10 +93,13 @@ def walk(
     if len(batches) == 0:
         raise DataError("the walk needs calibration data: no batches were given")
     run = _Walk(plan, batches, "float" in streams, driver, placement or (lambda _: nullcontext()), report, min_tokens)
+    run.restored = restored or run.restored
     return run.steps(progress, progress_dir, fingerprint or {}, spill_dir, memory_limit)
 
 
 class _Walk:
+    restored: Restored = staticmethod(lambda step, kept: None)
+
     def __init__(
         self,
         plan: Any,
@@ -305,7 +311,7 @@ class _Walk:
         """Hand the step out, or install what an earlier run made of it."""
         if self.saved is not None and self.saved.has(step.block.name):
             step._before = None
-            self._restore(step, self.saved)
+            self.restored(step, self._restore(step, self.saved))
             yield None
             return
         self._open(step)
@@ -332,7 +338,8 @@ class _Walk:
         step.reduce_tokens()
         step.release()
         if self.saved is not None and step._before is not None:
-            self.saved.write(step.block.name, step.block.module, step._before, self.report, state)
+            self.saved.write(step.block.name, step.block.module, step._before, self.report,
+                             {**step.kept, **(state or {})})
 
 
 def first_tensor_of(calls: Sequence[Any]) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from hfq.errors import QuantizationError
 from hfq.formats import ActivationSpec, activation
 
-__all__ = ["fake_inputs"]
+__all__ = ["fake_inputs", "fake_outputs"]
 
 
 @contextmanager
@@ -42,6 +42,18 @@ def fake_inputs(
                 raise QuantizationError(f"{type(module).__name__}: {what} and its activation format do not agree")
             handles.append(module.register_forward_pre_hook(
                 _hook(spec, params.get(module), factors.get(module), memo), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def fake_outputs(modules: Mapping[nn.Module, ActivationSpec]) -> Iterator[None]:
+    """Inside the block, the output of each module (one tensor) is quantized and dequantized, on a dynamic grid."""
+    handles = [module.register_forward_hook(lambda _, args, output, spec=spec: activation.fake(output, spec))
+               for module, spec in modules.items()]  # fmt: skip
+    try:
         yield
     finally:
         for handle in handles:

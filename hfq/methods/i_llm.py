@@ -78,10 +78,12 @@ class ILLMConfig(HfqConfig):
 
 def quantize(model: Any, data: Any, config: ILLMConfig, report: Report) -> None:
     """Read and prove the decoder, smooth and measure every block, and put the integer decoder in its place."""
+    from contextlib import ExitStack
+
     from hfq.calibration.walk import generator, walk
     from hfq.layers import attention
     from hfq.reconstruction.integer import attention_ranges
-    from hfq.reconstruction.smoothing import Learning, smooth_block
+    from hfq.reconstruction.smoothing import Learning, quantized_stream, smooth_block
 
     if any(p.is_meta for p in model.parameters()):
         raise QuantizationError("i_llm needs the whole model in memory: load it without offloading")
@@ -90,19 +92,33 @@ def quantize(model: Any, data: Any, config: ILLMConfig, report: Report) -> None:
     names = {block.name: block for block in decoder.blocks}
     learning = Learning(
         epochs=config.epochs, lr=config.lr, clip_lr=config.clip_lr, batch_size=config.batch_size, alpha=config.alpha,
-        activation_bits=config.activation_bits, kv_bits=packer.numbers.kv_bits,
+        activation_bits=config.activation_bits, kv_bits=packer.numbers.kv_bits, unit_bits=config.nonlinear_bits,
     )
     streams = ("quantized", "float") if config.epochs else ("quantized",)
-    for step in walk(plan, data, streams=streams, report=report, **config.walk_options()):
-        block = names[step.block.name]
-        steps = smooth_block(
-            model, step, block, [pair for pair in pairs if pair.place == block.name], config.spec_for, learning,
-            generator=generator(config.seed, step.index), report=report,
-        )
-        tokens = sum(step.hidden(i)[..., 0].numel() for i in range(len(step)))
-        packer.block(block, attention_ranges(decoder, block, step), steps, tokens)
-        if config.epochs:
-            packer.follow(step, block)
+    with ExitStack() as stack:
+        # What is learned in a block starts from what the quantized blocks before it give, inputs included.
+        def follow(step: Any) -> None:
+            if config.epochs:
+                stack.enter_context(quantized_stream(model, step.block.sites, names[step.block.name], learning))
+
+        def restored(step: Any, kept: Any) -> None:
+            packer.again(names[step.block.name], step.block.module, kept)
+            follow(step)
+
+        walking = {**config.walk_options(), "restored": restored}
+        for step in walk(plan, data, streams=streams, report=report, **walking):
+            block = names[step.block.name]
+            steps = smooth_block(
+                model, step, block, [pair for pair in pairs if pair.place == block.name], config.spec_for, learning,
+                generator=generator(config.seed, step.index), report=report,
+            )  # fmt: skip
+            tokens = sum(step.hidden(i)[..., 0].numel() for i in range(len(step)))
+            ranges = attention_ranges(decoder, block, step)
+            step.kept = ranges.keep(steps)
+            packer.block(block, ranges, steps, tokens)
+            if config.epochs:
+                packer.follow(step, block)
+            follow(step)
     attention.uninstall(model)
     environment = config._environment
     if environment is not None and environment.untie is not None:

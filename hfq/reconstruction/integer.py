@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfq.calibration import ranks
 from hfq.calibration.capture import device_of
@@ -17,6 +17,7 @@ from hfq.formats.dyadic import fit_shared
 from hfq.graph import twin
 from hfq.graph.absorb import Norm
 from hfq.graph.decoder import Decoder, DecoderBlock
+from hfq.layers.attached import ScaledSiLU
 from hfq.layers.integer import MANTISSA_BITS, IntegerEmbedding, IntegerHead, IntegerMatrix, IntegerNorm
 from hfq.layers.integer_block import BlockShape, Grids, IntegerBlock, Numbers, place
 from hfq.layers.integer_build import assemble, install
@@ -35,6 +36,20 @@ class AttentionRanges:
     query: Tensor
     key: Tensor
     value: Tensor
+
+    def keep(self, steps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """These ranges and sizes of codes by site, to be kept beside a finished block."""
+        return {**{f"range:{name}": tensor for name, tensor in vars(self).items()},
+                **{f"step:{name}": tensor for name, tensor in steps.items()}}
+
+    @classmethod
+    def kept(cls, tensors: Mapping[str, Tensor]) -> tuple[AttentionRanges, dict[str, Tensor]]:
+        """What :meth:`keep` gave."""
+        parts: dict[str, dict[str, Tensor]] = {"range": {}, "step": {}}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(":")
+            parts[kind][name] = tensor
+        return cls(**parts["range"]), parts["step"]
 
 
 @torch.no_grad()
@@ -170,6 +185,18 @@ class Packer:
             bits=8 * stored / weight.numel(), numel=weight.numel(), error=(wrong / total) ** 0.5 if total else 0.0,
             tokens=tokens, kernel="integer",
         ))  # fmt: skip
+
+    def again(self, block: DecoderBlock, module: nn.Module, kept: Mapping[str, Tensor]) -> IntegerBlock:
+        """The integer form of a block that an interrupted run had finished: ``module`` as it left it, and what
+        :meth:`AttentionRanges.keep` gave. Weights that follow their codes give the same codes; the report has the
+        rows already."""
+        scaled = [name for name, part in module.named_modules() if isinstance(part, ScaledSiLU)]
+        block.scale = f"{block.name}.{scaled[0]}" if scaled else None
+        report, self.report = self.report, None
+        try:
+            return self.block(block, *AttentionRanges.kept(kept))
+        finally:
+            self.report = report
 
     # -- static scales of attention ----------------------------------------------------------------------------------
     def _grids(self, block: DecoderBlock, ranges: AttentionRanges) -> Grids:

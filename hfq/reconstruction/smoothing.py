@@ -6,7 +6,8 @@ ranges of the weights follow the block's output with everything quantized; what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +17,19 @@ from hfq.formats import ActivationSpec, QuantSpec
 from hfq.graph.decoder import DecoderBlock
 from hfq.graph.links import Pair
 from hfq.layers import attention
+from hfq.layers.fake import fake_inputs, fake_outputs
 from hfq.reconstruction.transformed import BlockTransform, Options, fit_transformed
 from hfq.report import Report
 
-__all__ = ["Learning", "smooth_block"]
+__all__ = ["Learning", "quantized_stream", "smooth_block"]
 
 
 @dataclass(frozen=True)
 class Learning:
-    """How scales and ranges are learned; without epochs the starting scales are used and ranges are not learned."""
+    """How scales and ranges are learned; without epochs the starting scales are used and ranges are not learned.
+
+    ``unit_bits`` are those of the two inputs of a gated unit; 16, or more than a byte, leaves them alone.
+    """
 
     epochs: int = 20
     lr: float = 5e-3
@@ -33,6 +38,7 @@ class Learning:
     alpha: float = 0.5
     activation_bits: int = 8
     kv_bits: int = 8
+    unit_bits: int = 8
 
     @property
     def options(self) -> Options:
@@ -41,6 +47,16 @@ class Learning:
             norm="vector", value="vector", query=place, product="vector", gate=place, shift=False, alpha=self.alpha,
             heads="first", clip=bool(self.epochs),
         )
+
+
+@contextmanager
+def quantized_stream(model: Any, sites: Sequence[Any], block: DecoderBlock, learning: Learning) -> Iterator[None]:
+    """Inside, the float block sees quantized inputs of its linears and of its gated unit, as its integer form will."""
+    grid = ActivationSpec(bits=learning.activation_bits)
+    unit = [block.gate, block.up] if block.gate is not None and learning.unit_bits <= 8 else []
+    outputs = {model.get_submodule(name): ActivationSpec(bits=learning.unit_bits) for name in unit}
+    with fake_inputs({site.module: grid for site in sites}), fake_outputs(outputs):
+        yield
 
 
 def smooth_block(
@@ -69,11 +85,11 @@ def smooth_block(
         query, key = (ActivationSpec(bits=bits) for bits in (learning.activation_bits, learning.kv_bits))
         name = block.query.rpartition(".")[0]
         attention.install(model, name, attention.AttentionQuant(block.size, query=query, key=key, value=key))
-        fit = fit_transformed(
-            step, transform, epochs=learning.epochs, lr=learning.lr, clip_lr=learning.clip_lr,
-            batch_size=learning.batch_size, shuffle=True, generator=generator, checks=learning.epochs,
-            activations={site.module: query for site in step.block.sites},
-        )
+        with quantized_stream(model, step.block.sites, block, learning):
+            fit = fit_transformed(
+                step, transform, epochs=learning.epochs, lr=learning.lr, clip_lr=learning.clip_lr,
+                batch_size=learning.batch_size, shuffle=True, generator=generator, checks=learning.epochs,
+            )
         report.curves[block.name] = [fit.initial, *fit.curve]
     codes = transform.freeze()
     maps: list[Any] = list(transform.maps)

@@ -30,6 +30,8 @@ from hfq.errors import CheckpointError, ConfigError, DataError, QuantizationErro
 from hfq.evaluation.perplexity import perplexity
 from hfq.layers.integer import IntegerModule
 from hfq.layers.integer_decoder import IntegerDecoder
+from hfq.reconstruction import smoothing
+from hfq.reconstruction.integer import Packer
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128,
                          "max_position_embeddings": 64}
@@ -212,6 +214,58 @@ def test_the_report_is_complete() -> None:
 def test_same_seed_same_bytes() -> None:
     one, two = (quantized(epochs=2)[0].state_dict() for _ in range(2))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_stopped_and_resumed_is_uninterrupted(
+    epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"bits": 4, "activation_bits": 6, "epochs": epochs}
+    whole, wanted = quantized(**options)
+    block, seen = Packer.block, list[str]()
+
+    def stop(self: Packer, place: Any, *args: Any) -> Any:
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        seen.append(place.name)
+        return block(self, place, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Packer, "block", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(work_dir=tmp_path, **options)
+    monkeypatch.setattr(smoothing, "smooth_block", lambda *a, smooth=smoothing.smooth_block, **k: (
+        seen.append(a[2].name) or smooth(*a, **k)))
+    model, report = quantized(work_dir=tmp_path, **options)
+    assert seen == ["model.layers.0", "model.layers.1"]  # the first block was not smoothed again
+    ours, theirs = model.state_dict(), whole.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert report.rows == wanted.rows and report.curves == wanted.curves
+
+
+@pytest.mark.must_hold("i_llm", 10)
+def test_blocks_learn_behind_quantized_ones() -> None:
+    """Inputs of linears and of gated units are quantized while a block learns, and in the stream that it gives."""
+    from hfq.calibration.step import Step
+
+    called = Step.output_tree
+    streams: dict[int, torch.Tensor] = {}
+
+    def noted(self: Step, i: int, inputs: Any = None) -> Any:
+        output = called(self, i, inputs)
+        if inputs is self.inputs and self.index == 0:
+            streams[len(streams)] = output[0] if isinstance(output, tuple) else output
+        return output
+
+    losses = {}
+    for bits in (8, 6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Step, "output_tree", noted)
+            _, report = quantized(epochs=1, nonlinear_bits=bits)
+        losses[bits] = report.curves["model.layers.0"][0]
+    half = len(streams) // 2
+    assert not torch.equal(streams[0], streams[half])  # the unit's width reaches the stream
+    assert losses[6] > losses[8]  # and the loss
 
 
 @pytest.mark.parametrize("options", [
