@@ -14,6 +14,7 @@ import torch
 from hfq.errors import KernelError
 from hfq.formats import ActivationSpec, affine, bitpack, twolevel
 from hfq.kernels import cpu, cpu_int8, dispatch, ops
+from hfq.kernels import cpu_conv as _cpu_conv  # noqa: F401  its rows and layouts
 from hfq.kernels import cpu_integer as _cpu_integer  # noqa: F401  its rows and layouts
 from hfq.kernels import cuda as _cuda  # noqa: F401  its rows and layout
 from hfq.kernels.dispatch import Choice, table, use

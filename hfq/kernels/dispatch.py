@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,7 +37,8 @@ class Case:
     """One call, as the table sees it. ``layout`` is ``None`` while the layout itself is being chosen.
 
     ``activation`` is the format of the inputs of an integer product, ``sums`` the number of ranges of K whose sums have
-    a scale of their own, ``whole_zeros`` says that the weight's zero points need no term of their own.
+    a scale of their own, ``whole_zeros`` says that the weight's zero points need no term of their own; ``geometry`` is
+    that of a convolution.
     """
 
     op: str
@@ -54,6 +56,7 @@ class Case:
     activation: ActivationSpec | None = None
     sums: int = 1
     whole_zeros: bool = True
+    geometry: Any = None
 
     @property
     def per_row(self) -> bool:

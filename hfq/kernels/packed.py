@@ -68,7 +68,8 @@ class Runtime:
         bytes_note: where these bytes differ from the canonical form, and why.
         cached: holds a float copy of the weight too (``tensors["copy"]``).
         plan: backend by ``(M, dtype)`` and, of integer products, activation format; filled as calls come.
-        extra: what the layout derives from the fields above (padded sizes, ...).
+        extra: what the layout derives from the fields above (padded sizes, ...), or holds in a form of a library.
+        hidden: bytes of that form, which has no storage that torch could show.
     """
 
     layout: str
@@ -82,10 +83,11 @@ class Runtime:
     cached: bool = False
     plan: dict[Any, Any] = field(default_factory=dict, repr=False)
     extra: Any = field(default=None, repr=False)
+    hidden: int = 0
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
+        return sum(t.nbytes for t in self.tensors.values()) + self.hidden
 
     @property
     def scale(self) -> torch.Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 
 from hfq.formats import ActivationCodes, affine, bitpack
+from hfq.kernels.geometry import Geometry
 from hfq.kernels.packed import Layout, PackedWeight, Runtime, register
 
-__all__ = ["dequantize", "embedding", "linear", "linear_int"]
+__all__ = ["conv2d", "conv2d_int", "conv2d_sums", "dequantize", "embedding", "linear", "linear_int"]
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -63,6 +64,47 @@ def linear_int(
         total = a @ w.t() - za * w.sum(-1) - zw * a.sum(-1, keepdim=True) + (stop - start) * za * zw
         y = y + sa * sw * total
     return (y if bias is None else y + bias.double()).to(dtype)
+
+
+def conv2d(
+    x: torch.Tensor, weight: PackedWeight, geometry: Geometry, bias: torch.Tensor | None = None, *,
+    accumulate: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """``x`` ``[B, C, H, W]`` convolved with the dequantized weight: ``[B, O, H', W']`` of the dtype of ``x``."""
+    accumulate = torch.float64 if x.dtype == torch.float64 else accumulate
+    matrix = dequantize(weight, accumulate).view(geometry.weight_shape)
+    y = _convolve(x.to(accumulate), matrix, geometry)
+    return (y if bias is None else y + bias.to(accumulate).view(-1, 1, 1)).to(x.dtype)
+
+
+def conv2d_sums(x: ActivationCodes, weight: PackedWeight, geometry: Geometry) -> torch.Tensor:
+    """The accumulators ``sum (qx - z_x) (qw - z_w)``, exact whole numbers in float64, of one scale a row.
+
+    Outside of the image ``qx`` is ``z_x``, the code of zero: there is nothing to add.
+    """
+    qw = bitpack.unpack(weight.qweight, weight.spec.bits, weight.in_features).double()
+    qw = qw - (weight.spec.middle if weight.zero_point is None else weight.zero_point.double())
+    qx = x.codes.double() if x.zero_point is None else x.codes.double() - x.zero_point.double()
+    return _convolve(qx, qw.view(geometry.weight_shape), geometry)
+
+
+def conv2d_int(
+    x: ActivationCodes, weight: PackedWeight, geometry: Geometry, bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Codes ``[B, C, H, W]`` convolved with packed codes: exact sums, scales in float64, rounded once to ``dtype``."""
+    if weight.scale.shape[1] == 1:
+        rows = weight.scale[:, 0].double().expand(weight.out_features)
+        y = conv2d_sums(x, weight, geometry) * rows.view(-1, 1, 1) * x.scale.double()
+    else:
+        qx = x.codes.double() if x.zero_point is None else x.codes.double() - x.zero_point.double()
+        y = _convolve(qx * x.scale.double(), dequantize(weight, torch.float64).view(geometry.weight_shape), geometry)
+    return (y if bias is None else y + bias.double().view(-1, 1, 1)).to(dtype)
+
+
+def _convolve(x: torch.Tensor, weight: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    x, padding = geometry.padded(x, 0)
+    return torch.nn.functional.conv2d(x, weight, None, geometry.stride, padding, geometry.dilation, geometry.groups)
 
 
 def embedding(ids: torch.Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -9,7 +9,7 @@ all the same: the parameter stays in its place and makes its content when it is 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -74,7 +74,7 @@ class PackedModule(QuantizedInput, nn.Module):
                 self.register_parameter(name, None)
             for name, (shape, dtype) in slot.shapes.items():
                 self._put(name, torch.empty(shape, dtype=dtype, device=device))
-            for name, dtype in input_shapes(activation, slot.prefix).items():
+            for name, dtype in input_shapes(activation, slot.input_prefix).items():
                 self.register_parameter(name, None)
                 self._put(name, torch.empty(1, dtype=dtype, device=device))
 
@@ -166,7 +166,7 @@ class PackedModule(QuantizedInput, nn.Module):
             weight = kernels.dequantize(operand, working)
         if self.online is not None:  # as in (x H) Q^T = x (Q H^T)^T
             weight = self.online.unfold(weight).to(dtype)
-        return weight.t() if slot.transposed else weight
+        return slot.to_weight(weight)
 
     def weight_view(self, key: str) -> torch.Tensor:
         """The float weight of slot ``key``, dequantized when it is computed with."""
@@ -191,7 +191,7 @@ class PackedModule(QuantizedInput, nn.Module):
         if not torch.isfinite(new).all():
             raise QuantizationError(f"{where}: the assigned weight has NaN or infinite elements")
         warnings.warn(f"{where}: the assigned weight is rounded to {slot.spec.bits} bits on its grid", stacklevel=3)
-        matrix = new.float().t() if slot.transposed else new.float()
+        matrix = slot.to_matrix(new.float())
         matrix = matrix if self.online is None else self.online.fold(matrix)
         old = self.packed(key)[0]
         codes = affine.encode(matrix, old.scale, old.zero_point, slot.spec)
@@ -224,8 +224,7 @@ class PackedModule(QuantizedInput, nn.Module):
         for key, slot in self.slots.items():
             name = slot.names[0]
             with torch.inference_mode(False), torch.no_grad():  # what is made here may serve a backward pass later
-                options: dict[str, Any] = {"memory": memory, "activation": self.activation}
-                runtimes = [kernels.prepare(one, dtype=self.compute_dtype, **options) for one in self.packed(key)]
+                runtimes = [self.runtime_of(one, key, memory) for one in self.packed(key)]
             parameter = self._parameters[name]
             assert parameter is not None
             start = parameter.untyped_storage().data_ptr()
@@ -235,6 +234,10 @@ class PackedModule(QuantizedInput, nn.Module):
             self._runtimes[key], self._held[key] = runtimes, self._parameters[name]  # type: ignore[assignment]
         self._memory = memory
         return True
+
+    def runtime_of(self, one: PackedWeight, key: str, memory: Memory) -> Runtime:
+        """The form that the kernel of this layer computes from."""
+        return kernels.prepare(one, dtype=self.compute_dtype, memory=memory, activation=self.activation)
 
     def restore(self) -> None:
         """Put the canonical tensors back in the place of the runtime form; the next forward makes that again.
@@ -253,16 +256,16 @@ class PackedModule(QuantizedInput, nn.Module):
         tensors: list[torch.Tensor] = [p for p in self.parameters() if not isinstance(p, Deferred)]
         tensors += [t for runtimes in self._runtimes.values() for r in runtimes for t in r.tensors.values()]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+        return sum(storages.values()) + sum(r.hidden for runtimes in self._runtimes.values() for r in runtimes)
 
     # nn.Module protocol
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedModule:
         """Move everything; cast what is a float weight's companion (bias) and never codes, scales or zero points."""
         self.restore()
-        names = [name for slot in self.slots.values()
-                 for name in (*slot.names, *input_shapes(self.activation, slot.prefix))]  # fmt: skip
-        kept = {name: self._parameters.pop(name) for name in names}
+        names = {name for slot in self.slots.values()
+                 for name in (*slot.names, *input_shapes(self.activation, slot.input_prefix))}  # fmt: skip
+        kept = {name: self._parameters.pop(name) for name in list(self._parameters) if name in names}
         try:
             super()._apply(fn, recurse)
         finally:
@@ -280,7 +283,8 @@ class PackedModule(QuantizedInput, nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._held_names():
+        for slot in self.slots.values():
+            name = slot.names[0]
             value = destination.get(prefix + name)
             if isinstance(value, Deferred):
                 destination[prefix + name] = value.materialise()
@@ -288,9 +292,6 @@ class PackedModule(QuantizedInput, nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.restore()
         super()._load_from_state_dict(*args, **kwargs)
-
-    def _held_names(self) -> Iterator[str]:
-        return (slot.names[0] for slot in self.slots.values())
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the canonical tensors; they make their own runtime form."""

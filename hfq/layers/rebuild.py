@@ -11,6 +11,7 @@ from hfq.errors import CheckpointError, QuantizationError
 from hfq.layers import attached, attention, integer_build
 from hfq.layers import manifest as record
 from hfq.layers import online as streams
+from hfq.layers.conv import geometry_of
 from hfq.layers.experts import pack_experts
 from hfq.layers.inputs import activation_of, online_of
 from hfq.layers.kinds import empty, kind_of, matrix_of
@@ -120,7 +121,7 @@ def _builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable
     kind = entry.get("kind")
     if kind == "experts":
         return _experts_builder(name, module, entry)
-    if kind not in ("linear", "conv1d", "embedding"):
+    if kind not in ("linear", "conv1d", "conv2d", "embedding"):
         raise CheckpointError(f"{name}: unknown kind {kind!r} of packed layer: the checkpoint needs a newer hfq")
     try:
         actual = kind_of(module)
@@ -129,6 +130,7 @@ def _builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable
     if actual != kind:
         raise CheckpointError(f"{name}: the manifest says {kind}, the model has {type(module).__name__}")
     later = {"activation"} & set(entry)  # entries from before there were activation formats have none
+    later |= {"coarse"} if kind == "conv2d" else set()
     record.fields(name, entry, {"kind", "in_features", "out_features", "bias", "spec", "online", *later})
     rows, columns = matrix_of(module, kind).shape
     record.size(name, entry, "out_features", rows)
@@ -138,9 +140,28 @@ def _builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable
     if not isinstance(bias, bool) or (kind == "embedding" and (bias or transform is not None)):
         raise CheckpointError(f"{name}: bias={bias!r}, online={transform!r} in the manifest")
     online, activation = online_of(name, transform, columns, device), activation_of(name, entry)
+    coarse = None if kind != "conv2d" else _coarse(name, module, entry["coarse"], activation)
     if kind == "embedding" and activation is not None:
         raise CheckpointError(f"{name}: an embedding has no inputs to quantize; the manifest says {dict(entry)}")
-    return lambda: empty(module, kind, spec, online, bias, device, activation)
+    return lambda: empty(module, kind, spec, online, bias, device, activation, coarse)
+
+
+def _coarse(name: str, module: nn.Module, entry: Any, activation: Any) -> tuple[tuple[int, int], Any] | None:
+    """Taps and grid of the second part of a convolution's weight."""
+    if activation is not None and activation.granularity != "tensor":
+        raise CheckpointError(f"{name}: the inputs of a convolution share one scale, the manifest says {activation}")
+    if entry is None:
+        return None
+    where = f"{name}.coarse"
+    record.fields(where, entry, {"taps", "spec"})
+    taps = entry["taps"]
+    if not isinstance(taps, list) or len(taps) != 2 or any(type(t) is not int for t in taps):
+        raise CheckpointError(f"{where}: taps={taps!r} in the manifest")
+    try:
+        geometry_of(module).centre((taps[0], taps[1]))
+    except QuantizationError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return (taps[0], taps[1]), record.spec_of(where, entry)
 
 
 def _experts_builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable[[], nn.Module]:

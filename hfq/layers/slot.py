@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,17 @@ class Slot:
     count: int | None = None
     prefix: str = ""
     transposed: bool = False  # the float weight is [columns, rows]
+    tail: tuple[int, ...] = ()  # further axes of the float weight: [rows, columns / product, *tail]
+    shared: bool = False  # its input is that of the slot without a prefix, quantized once
 
     @property
     def names(self) -> tuple[str, str, str]:
         return tuple(self.prefix + leaf for leaf in ("qweight", "scale", "zero_point"))  # type: ignore[return-value]
+
+    @property
+    def input_prefix(self) -> str:
+        """Prefix of the stored parameters of the input."""
+        return "" if self.shared else self.prefix
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -47,7 +55,17 @@ class Slot:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the float weight that this stands for."""
+        if self.tail:
+            return (*self.stack, self.rows, self.columns // math.prod(self.tail), *self.tail)
         return (*self.stack, *((self.columns, self.rows) if self.transposed else (self.rows, self.columns)))
+
+    def to_weight(self, matrix: torch.Tensor) -> torch.Tensor:
+        """One matrix ``[rows, columns]`` in the layout of the float module."""
+        return matrix.reshape(self.weight_shape) if self.tail else matrix.t() if self.transposed else matrix
+
+    def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """Inverse of :meth:`to_weight`."""
+        return weight.reshape(self.rows, self.columns) if self.tail else weight.t() if self.transposed else weight
 
 
 def columns_of(nbytes: int, slot: Slot, where: str) -> int:

@@ -21,6 +21,7 @@ from hfq.layers.kinds import empty, kind_of, matrix_of, to_float
 from hfq.layers.kv_cache import CacheQuant
 from hfq.layers.online import ChannelScale, OnlinePart, StreamRotation
 from hfq.layers.packed import Memory, PackedModule, check_slot
+from hfq.layers.products import AttentionProducts
 from hfq.layers.rebuild import build_empty, describe, packed_modules
 from hfq.layers.slot import Slot
 from hfq.memory import give_back
@@ -31,6 +32,7 @@ __all__ = [
     "packed_modules", "prepare", "swap", "swap_experts",
 ]  # fmt: skip
 
+_OWN_TENSORS = (PackedModule, StreamRotation, OnlinePart, AttachedPart, CacheQuant, IntegerModule, AttentionProducts)
 _TRIM_EVERY = 1 << 20  # bytes of prepared layers; preparing leaves six times as much free, to go back now
 
 
@@ -39,7 +41,7 @@ def swap(
     online: OnlinePart | Sequence[OnlinePart] | None = None, activation: InputSpec | None = None,
     activation_params: Parameters | None = None, activation_factor: torch.Tensor | None = None,
     asked: Mapping[str, Any] | None = None, tokens: int | None = None, reason: str = "",
-    extra: Mapping[str, Any] | None = None, folded: bool = False,
+    extra: Mapping[str, Any] | None = None, folded: bool = False, coarse: tuple[tuple[int, int], Codes] | None = None,
 ) -> PackedModule:
     """Replace module ``name`` by its packed layer and add a report row.
 
@@ -51,6 +53,7 @@ def swap(
         asked: what the config asked for; default the grid.
         tokens, reason, extra: for the row.
         folded: the weight of the float module has ``online`` folded in already.
+        coarse: of a convolution: taps and codes of a second part of the weight, over the centre of the kernel.
 
     Returns:
         The packed layer, on the device of the float one.
@@ -69,26 +72,35 @@ def swap(
     online = join(online)
     if activation is not None and kind == "embedding":
         raise QuantizationError(f"{name}: an embedding has no inputs to quantize")
+    if coarse is not None and kind != "conv2d":
+        raise QuantizationError(f"{name}: {kind} has no second part of its weight")
     if online is not None and (kind == "embedding" or online.n != weight.shape[1]):
         raise QuantizationError(f"{name}: a transform of {online.n} features does not fit {kind} {tuple(weight.shape)}")
     device = codes.codes.device if weight.is_meta else weight.device
-    new = empty(module, kind, codes.spec, online, getattr(module, "bias", None) is not None, "meta", activation)
+    bias, centre = getattr(module, "bias", None) is not None, None if coarse is None else (coarse[0], coarse[1].spec)
+    try:
+        new = empty(module, kind, codes.spec, online, bias, "meta", activation, centre)
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error}") from error
     new.label = name
     new.set_codes("weight", codes, device)
+    if coarse is not None:
+        new.set_codes("coarse", coarse[1], device)
     new.set_input("weight", activation_params, activation_factor)
     if online is not None:
         online.to(device)
-    distance = None if weight.is_meta else _relative_error([(weight, codes)], None if folded else online)
+    distance = None
+    if coarse is not None and not weight.is_meta:
+        distance = float((new.dequantize(dtype=torch.float32).flatten(1) - weight).norm() / weight.norm())
+    elif not weight.is_meta:
+        distance = _relative_error([(weight, codes)], None if folded else online)
     if distance is not None and not distance < float("inf"):
         raise QuantizationError(f"{name}: the codes decode to values that are not finite")
     model.set_submodule(name, new)
     if report is not None:
-        bits = codes.bits_per_weight()
-        if online is not None:
-            bits += 8 * sum(p.nbytes for p in online.parameters()) / codes.codes.numel()
-        bits += 8 * sum(dtype.itemsize for dtype in input_shapes(activation).values()) / codes.codes.numel()
         report.add(Row(
-            name, kind=kind, reason=reason, asked=_asked(asked or codes.spec.to_dict(), activation), bits=bits,
+            name, kind=kind, reason=reason, asked=_asked(asked or codes.spec.to_dict(), activation),
+            bits=_bits(codes, None if coarse is None else coarse[1], online, activation),
             numel=codes.codes.numel(), error=distance, tokens=tokens, kernel=kernel_of(new),
             extra=_extra(extra, activation),
         ))  # fmt: skip
@@ -150,6 +162,15 @@ def swap_experts(
     return new
 
 
+def _bits(codes: Codes, coarse: Codes | None, online: OnlinePart | None, activation: InputSpec | None) -> float:
+    """Stored bits for each weight, with all that comes along."""
+    stored = codes.bits_per_weight() * codes.codes.numel()
+    stored += 0 if coarse is None else coarse.bits_per_weight() * coarse.codes.numel()
+    stored += 0 if online is None else 8 * sum(p.nbytes for p in online.parameters())
+    stored += 8 * sum(dtype.itemsize for dtype in input_shapes(activation).values())
+    return stored / codes.codes.numel()
+
+
 def _asked(asked: Mapping[str, Any], activation: InputSpec | None) -> dict[str, Any]:
     return dict(asked) if activation is None else {"activation_bits": activation.bits, **asked}
 
@@ -209,7 +230,7 @@ def prepare(model: nn.Module, memory: Memory = "compact") -> list[str]:
 def freeze(model: nn.Module) -> None:
     """No tensor of a packed layer or of a rotation needs a gradient (loaders make floating tensors trainable)."""
     for module in model.modules():
-        if isinstance(module, (PackedModule, StreamRotation, OnlinePart, AttachedPart, CacheQuant, IntegerModule)):
+        if isinstance(module, _OWN_TENSORS):
             for parameter in module.parameters(recurse=False):
                 if not isinstance(parameter, Deferred):
                     parameter.requires_grad_(False)
@@ -257,6 +278,8 @@ def check(model: nn.Module) -> None:
             module.check(name)
         elif isinstance(module, CacheQuant):
             module.check()
+        elif isinstance(module, AttentionProducts):
+            module.check(name)
         elif isinstance(module, StreamRotation):
             _check_signs(module, name)
             if module.kind == "dense" and not module.matrix.is_meta:

@@ -1,0 +1,195 @@
+"""Packed convolutions in the place of ``nn.Conv2d``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hfq.errors import QuantizationError
+from hfq.formats import ActivationSpec, Codes, QuantSpec
+from hfq.kernels import PackedWeight, Runtime, conv, dispatch
+from hfq.kernels.conv import Operand
+from hfq.kernels.geometry import Geometry
+from hfq.layers.inputs import describe_input
+from hfq.layers.online import OnlinePart
+from hfq.layers.packed import Memory, PackedModule
+from hfq.layers.slot import Slot
+
+__all__ = ["QConv2d", "geometry_of"]
+
+# How functional.pad calls what a convolution calls its padding mode.
+_PAD_MODES = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+def geometry_of(module: nn.Module) -> Geometry:
+    """The taps of an ``nn.Conv2d``, pads in front of the kernel left out where they are no zeros.
+
+    Raises:
+        QuantizationError: a padding mode that no kernel knows.
+    """
+    m: Any = module
+    mode = m.padding_mode
+    if mode != "zeros" and mode not in _PAD_MODES:
+        raise QuantizationError(f"padding_mode={mode!r} of {type(module).__name__} is not known")
+    pads = pads_of(module) if mode == "zeros" else (0, 0, 0, 0)
+    return Geometry(m.in_channels, m.out_channels, tuple(m.kernel_size), tuple(m.stride), pads, tuple(m.dilation),
+                    m.groups)  # fmt: skip
+
+
+def pads_of(module: nn.Module) -> tuple[int, int, int, int]:
+    """``(top, bottom, left, right)`` of an ``nn.Conv2d``: "same" gives the larger half to the bottom and the right."""
+    m: Any = module
+    if m.padding == "valid":
+        return (0, 0, 0, 0)
+    if m.padding == "same":
+        total = [d * (k - 1) for d, k in zip(m.dilation, m.kernel_size, strict=True)]
+        return (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+    height, width = m.padding
+    return (height, height, width, width)
+
+
+class QConv2d(PackedModule):
+    """``y = conv(Q(online(x)), W) + bias``, with a packed ``W`` ``[out_channels, in_channels / groups * kh * kw]``.
+
+    With ``coarse``, ``W`` is the sum of two packed weights over one input: the whole kernel (slot "weight") and its
+    central taps (slot "coarse"), each with scales of its own.
+
+    Args:
+        module: the float convolution, for its sizes and its padding; its tensors are not kept.
+        spec: grid of the codes.
+        bias: a tensor ``[out_channels]`` (taken as it is), ``True`` for an empty one, or none.
+        compute_dtype: dtype of the float weight, in which activations are expected.
+        online: transform of the input ``[B, C, H, W]``; the codes are then those of the transformed weight.
+        activation: how the input is quantized before the convolution; one scale for all of it.
+        coarse: taps and grid of the second weight.
+        device: of the empty tensors.
+    """
+
+    bias: nn.Parameter | None
+    _kind = "conv2d"
+
+    def __init__(
+        self, module: nn.Module, spec: QuantSpec, *, bias: torch.Tensor | bool | None = None,
+        compute_dtype: torch.dtype = torch.float32, online: OnlinePart | None = None,
+        activation: ActivationSpec | None = None, coarse: tuple[tuple[int, int], QuantSpec] | None = None,
+        device: Any = None,
+    ) -> None:
+        if activation is not None and activation.granularity != "tensor":
+            raise QuantizationError(
+                "the inputs of a convolution share one scale: ActivationSpec(..., granularity='tensor')")
+        geometry = geometry_of(module)
+        rows, kernel = geometry.out_channels, geometry.kernel
+        slots = {"weight": Slot(spec, rows, geometry.columns, tail=kernel)}
+        self._places = {"weight": geometry}
+        if coarse is not None:
+            size, grid = coarse
+            inner = geometry.centre(size)
+            slots["coarse"] = Slot(grid, rows, inner.columns, prefix="coarse_", tail=size, shared=True)
+            self._places["coarse"] = inner
+        super().__init__(slots, compute_dtype=compute_dtype, device=device, activation=activation)
+        m: Any = module
+        self.in_channels, self.out_channels, self.kernel_size = m.in_channels, m.out_channels, m.kernel_size
+        self.stride, self.padding, self.dilation, self.groups = m.stride, m.padding, m.dilation, m.groups
+        self.padding_mode = m.padding_mode
+        self._pads = pads_of(module)
+        if online is not None:
+            self.online = online
+        if bias is True:
+            bias = torch.empty(rows, dtype=compute_dtype, device=device)
+        given = nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, torch.Tensor) else None
+        self.register_parameter("bias", given)
+
+    @property
+    def spec(self) -> QuantSpec:
+        return self.slots["weight"].spec
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The float weight ``[out, in / groups, kh, kw]``, ``compute_dtype``; dequantized when it is used."""
+        return self.weight_view("weight")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a Parameter under this name, or refuse to.
+        if name == "weight" and isinstance(value, torch.Tensor):
+            self.assign_weight("weight", value)
+        else:
+            super().__setattr__(name, value)
+
+    def assign_weight(self, key: str, value: torch.Tensor) -> None:
+        if len(self.slots) > 1 and not torch.equal(value.to(self.device, self.compute_dtype), self.dequantize()):
+            raise QuantizationError(f"{self.label or key}: the weight of two parts cannot be assigned")
+        if len(self.slots) == 1:
+            super().assign_weight(key, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, in_channels, H, W]`` (or without ``B``) to ``[B, out_channels, H', W']``, dtype of ``x``."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if x.dim() == 3:
+            return self.forward(x[None])[0]
+        if self.online is not None:
+            x = self.online(x)
+        if self.padding_mode != "zeros":
+            top, bottom, left, right = self._pads
+            x = F.pad(x, (left, right, top, bottom), mode=_PAD_MODES[self.padding_mode])
+        params, _ = self.input_of("weight")
+        if torch.compiler.is_compiling() and any(r.hidden for held in self._runtimes.values() for r in held):
+            return self._eager(x, params)
+        return conv.conv2d(x, self.operands(), self.bias, self.activation, params)
+
+    @torch._dynamo.disable  # a layout of oneDNN has no form that a compiler could trace
+    def _eager(self, x: torch.Tensor, params: Any) -> torch.Tensor:
+        return conv.conv2d(x, self.operands(), self.bias, self.activation, params)
+
+    def operands(self) -> list[Operand]:
+        """What a kernel convolves with, one for each slot."""
+        found = []
+        for key, place in self._places.items():
+            held = self.operand(key)
+            runtime = held if isinstance(held, Runtime) else conv.LAYOUTS["canonical"].make(held, self.compute_dtype)
+            found.append(Operand(runtime, place))
+        return found
+
+    def dequantize(
+        self, key: str | None = None, dtype: torch.dtype | None = None, index: int | None = None
+    ) -> torch.Tensor:
+        """The float weight; of a layer with a coarse part and without ``key``, the sum of both."""
+        if key == "coarse" or len(self.slots) == 1:
+            return super().dequantize(key, dtype, index)
+        whole = super().dequantize("weight", torch.float32)
+        part = super().dequantize("coarse", torch.float32)
+        (top, left), (height, width) = (
+            [(k - c) // 2 for k, c in zip(self.kernel_size, part.shape[2:], strict=True)], part.shape[2:])
+        whole[:, :, top : top + height, left : left + width] += part
+        return whole.to(dtype or self.compute_dtype)
+
+    def runtime_of(self, one: PackedWeight, key: str, memory: Memory) -> Runtime:
+        options: dict[str, Any] = {"memory": memory, "activation": self.activation}
+        return conv.prepare(one, self._places[key], dtype=self.compute_dtype, **options)
+
+    def explain(self, M: int = 1, dtype: torch.dtype | None = None) -> list[dispatch.Choice]:
+        """Which backend serves ``M`` output positions, and why no other does."""
+        return conv.explain(self.operands()[0], M, dtype or self.compute_dtype, self.activation)
+
+    def describe(self) -> dict[str, Any]:
+        slot, coarse = self.slots["weight"], self.slots.get("coarse")
+        return {
+            "kind": self._kind, "in_features": slot.columns, "out_features": slot.rows,
+            "bias": self.bias is not None, "spec": slot.spec.to_dict(),
+            "online": None if self.online is None else self.online.describe(),
+            "activation": describe_input(self.activation),
+            "coarse": None if coarse is None else {"taps": list(coarse.tail), "spec": coarse.spec.to_dict()},
+        }
+
+    def set_both(self, fine: Codes, coarse: Codes, device: Any = None) -> None:
+        """Fill both slots."""
+        self.set_codes("weight", fine, device)
+        self.set_codes("coarse", coarse, device)
+
+    def extra_repr(self) -> str:
+        taps = f"kernel {tuple(self.kernel_size)}, stride {tuple(self.stride)}, padding {self.padding}"
+        groups = f", {self.groups} groups" if self.groups > 1 else ""
+        return f"{super().extra_repr()}, {taps}{groups}" + ("" if self.bias is not None else ", no bias")
