@@ -28,13 +28,15 @@ class ComposedConfig(HfqConfig):
     ``plan`` and what is saved speak for the whole run; ``backend`` keeps the fields that only the backend has.
 
     Args:
-        backend: the method that rounds: its Config, or a dict of its fields with ``method``.
+        backend: the method that rounds: its Config, or a dict of its fields with ``method``; ``None`` where a method
+            can round by itself.
     """
 
     backend: Any = option({"method": "gptq"})
 
     def __post_init__(self) -> None:
-        self._adopt(self.backend)
+        if self.backend is not None or _default(type(self).__dataclass_fields__["backend"]) is not None:
+            self._adopt(self.backend)
         super().__post_init__()
 
     @property

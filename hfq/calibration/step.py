@@ -15,6 +15,7 @@ from hfq.calibration.capture import device_of, first_tensor, to_device
 from hfq.calibration.settled import Settled
 from hfq.errors import DataError, QuantizationError
 from hfq.layers import swap as layer_swap
+from hfq.layers.parts import DividedInput
 from hfq.report import Report
 
 __all__ = ["Step", "input_rows", "mask_for", "routing"]
@@ -76,6 +77,7 @@ class Step:
         tokens: rows that each site has seen (for experts: the rows of the expert that saw fewest).
         expert_tokens: rows a expert, by site.
         report: receives a row for every swap.
+        kept: tensors that go into the progress file beside the block; an interrupted run gets them back.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Step:
         self.batches, self.inputs, self.float_inputs = batches, inputs, float_inputs
         self.report, self.min_tokens = report, min_tokens
         self.tokens: dict[str, int] = {}
+        self.kept: dict[str, torch.Tensor] = {}
         self.expert_tokens: dict[str, list[int]] = {}
         self.changed = False
         self._outputs = outputs
@@ -170,9 +173,17 @@ class Step:
         """Raise the error that names the module of the block from which on call ``i`` is not finite."""
         self._blame(*to_device(self.inputs[i], device_of(self.block.module)))
 
-    def swap(self, site: Any, codes: Any, **options: Any) -> nn.Module:
-        """Replace the module of ``site`` (or of the site of this name) by its packed layer; adds the report row."""
+    def swap(self, site: Any, codes: Any, *, divides: bool = False, **options: Any) -> nn.Module:
+        """Replace the module of ``site`` (or of the site of this name) by its packed layer; adds the report row.
+
+        A division in front of the float module goes with it, unless ``online`` is what ``divides``.
+        """
         site = self._site(site)
+        part = DividedInput.of(site.module)
+        if part is not None and not divides:
+            if options.get("online") is not None:
+                raise QuantizationError(f"{site.name}: its input is divided online already, and takes no other part")
+            options |= {"online": part, "folded": True}
         options.setdefault("tokens", self.tokens.get(site.name))
         new = layer_swap.swap(self.model, site.name, codes, self.report, **options)
         return self._replaced(site, new)

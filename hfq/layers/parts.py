@@ -10,7 +10,7 @@ from torch import nn
 from hfq.errors import QuantizationError
 from hfq.kernels import hadamard
 
-__all__ = ["ChannelScale", "Hadamard", "OnlinePart", "mix", "order", "sign_vector", "unmix"]
+__all__ = ["ChannelScale", "DividedInput", "Hadamard", "OnlinePart", "mix", "order", "sign_vector", "unmix"]
 
 
 class OnlinePart(nn.Module):
@@ -77,6 +77,24 @@ class ChannelScale(OnlinePart):
 
     def extra_repr(self) -> str:
         return str(self.n)
+
+
+class DividedInput:
+    """Hook of a float module whose input goes through a part, and whose weight holds the counterpart already."""
+
+    def __init__(self, part: ChannelScale) -> None:
+        self.part = part
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (self.part(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: self.part(kwargs[name])}
+
+    @staticmethod
+    def of(module: nn.Module) -> ChannelScale | None:
+        """The part in front of a float module, if it has one."""
+        return next((hook.part for hook in module._forward_pre_hooks.values() if isinstance(hook, DividedInput)), None)
 
 
 class Hadamard(OnlinePart):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hfq.config import HfqConfig, option
+from hfq.compose import ComposedConfig
+from hfq.config import option
 from hfq.errors import ConfigError
 from hfq.report import Report
 
@@ -18,7 +19,7 @@ _LEAKS = (
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class CrossQuantConfig(HfqConfig):
+class CrossQuantConfig(ComposedConfig):
     """The step of element (i, j) is ``t_i ** alpha * c_j ** (1 - alpha) / (2 ** (bits - 1) - 1)``.
 
     ``t`` is the largest magnitude of the token, ``c`` that of the channel. Weights are symmetric, per channel at 8
@@ -38,6 +39,8 @@ class CrossQuantConfig(HfqConfig):
         clip: search of the weights' ranges, done after the factors have moved: "none" or "mse".
         group_scale: "int" makes the scales of a row's groups small multiples of one step, for a single sum of integers.
         percdamp: of the solver.
+        backend: a method that takes the place of ``solver``, as its Config or a dict: the factors move first, in the
+            float model, and ``CBQConfig(...)``, say, then learns weights and its own steps of the divided inputs.
     """
 
     method = "crossquant"
@@ -59,12 +62,20 @@ class CrossQuantConfig(HfqConfig):
     clip: str = option("none", choices=("none", "mse"))
     group_scale: str = option("float", choices=("float", "int"))
     percdamp: float = option(0.01, range=(0.0, 1.0))
+    backend: Any = None
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
         return self.mode == "static" or self.solver == "gptq"
 
     def check(self) -> None:
+        own = {"solver": "rtn", "clip": "none", "group_scale": "float", "mode": "static", "token_scale": "tight"}
+        for name, value in own.items() if self.backend is not None else ():
+            if getattr(self, name) != value:
+                raise ConfigError(f"{name}={getattr(self, name)!r} and backend={self.backend['method']!r}: the backend "
+                                  f"rounds weights and inputs: {name}={value!r}, or no backend")
+        if self.backend is not None:
+            self.backend_config()  # what the backend refuses is found here
         if self.mode == "dynamic" and self.alpha_search:
             raise ConfigError("alpha_search=True needs mode='static': it weighs inputs against their weights")
         if self.solver == "gptq" and self.group_scale == "int":
@@ -92,6 +103,9 @@ def quantize(model: Any, data: Any, config: CrossQuantConfig, report: Report) ->
     paper = config.token_scale == "paper"
     found = pairs.discover(plan, call, placement=walking["placement"], seed=config.seed)
     report.pairs = found.rows()
+    if config.backend is not None:  # (which keeps the progress, on the divided model)
+        walking["progress_dir"] = None
+    moved = []
     for step in walk(plan, data, report=report, **walking):
         groups = divided.groups_of(step, config.activation_for, config.alpha)
         if static and groups:
@@ -101,7 +115,15 @@ def quantize(model: Any, data: Any, config: CrossQuantConfig, report: Report) ->
                 divided.search(groups, config.spec_for, config.clip)
             divided.divide(step, groups, found, fold=config.fold and not paper)
             divided.count_rounding(step, groups, raw_tokens=paper)
+        if config.backend is not None:
+            moved += groups
+            continue
         _pack(step, divided.swap_options(groups, lambda group, site: _inputs(group, site, config)), config)
+    if config.backend is not None:
+        config.run_backend(model, data, config.backend_config(), report)
+        for row, extra in ((report.rows[site.name], group.extra) for group in moved for site in group.sites):
+            row.extra |= extra
+        return
     pack_outside(plan, config, report, clip=config.clip)
 
 
@@ -115,10 +137,8 @@ def _inputs(group: Any, site: Any, config: CrossQuantConfig) -> dict[str, Any]:
         return {"online": JointRange(size, bits, group.exponent), "asked": {"activation_bits": bits}}
     if config.token_scale == "paper":
         part = JointRange(size, bits, group.exponent, group.division.vector)
-        return {"online": part, "folded": True, "asked": {"activation_bits": bits}}
-    parts = group.division.parts
-    online = {"online": parts[site.name], "folded": True} if site.name in parts else {}
-    return {"activation": ActivationSpec(bits, symmetric=True), **online}
+        return {"online": part, "folded": True, "divides": True, "asked": {"activation_bits": bits}}
+    return {"activation": ActivationSpec(bits, symmetric=True)}
 
 
 def _pack(step: Any, options: dict[str, dict[str, Any]], config: CrossQuantConfig) -> None:

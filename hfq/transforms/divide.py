@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import nn
 
 from hfq.graph.links import Pair
 from hfq.graph.pairs import PairReport
 from hfq.graph.read import Site
-from hfq.layers.parts import ChannelScale
+from hfq.layers.parts import ChannelScale, DividedInput
 from hfq.transforms.scale import apply_scale, classes_of
 
 __all__ = ["KINDS", "Division", "divide_inputs"]
@@ -45,8 +43,8 @@ def divide_inputs(
 
     The model computes the same. Where the graph has proven that something in the block makes just this input, it takes
     the division, and channels that share a scale there take the largest of theirs; else each linear gets an online
-    part. Its float module divides by a hook until it is replaced, and statistics that are hooked later see the divided
-    input.
+    part: its float module divides by a hook until ``step.swap`` of a walk takes it along, and statistics that are
+    hooked later see the divided input.
 
     Args:
         sites: linears of one block that read the same tensor.
@@ -75,7 +73,7 @@ def divide_inputs(
         shape = (-1, 1) if site.kind == "transposed" else (1, -1)
         # The stored vector is what divides: its own reciprocal goes into the weight.
         weight.copy_((weight.double() / part.vector.double().view(shape)).to(weight.dtype))
-        site.module.register_forward_pre_hook(_Divide(part), with_kwargs=True)
+        site.module.register_forward_pre_hook(DividedInput(part), with_kwargs=True)
         made.parts[site.name] = part
     return made
 
@@ -85,13 +83,3 @@ def _serves(pair: Pair, names: set[str]) -> bool:
     readers = {link.name: link for link in pair.readers}
     return names <= set(readers) and all(bool((readers[name].index >= 0).all()) for name in names)
 
-
-class _Divide:
-    def __init__(self, part: ChannelScale) -> None:
-        self.part = part
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            return (self.part(args[0]), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: self.part(kwargs[name])}
