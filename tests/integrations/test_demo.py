@@ -1,4 +1,4 @@
-"""The demo script on the small trained model: the same steps as `make demo`, minutes shorter."""
+"""The example scripts on the small trained model: the same steps, minutes shorter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from hfq.errors import ConfigError, HfqError
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "llm" / "demo.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / "llm" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return script("demo")
 
 
 @pytest.mark.slow
@@ -62,3 +66,21 @@ def test_only_earlier_results_are_replaced(demo, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds something else"):
         demo.check_output(tmp_path)
+
+
+@pytest.mark.slow
+def test_integers(small_lm, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "llm"))
+    integers = script("integers")
+    monkeypatch.setattr(integers.os, "cpu_count", lambda: 1)
+    rows = integers.run(argparse.Namespace(
+        model=str(small_lm.folder), data="demo", output=tmp_path / "out", samples=4, length=64, windows=4,
+        new_tokens=4))
+    assert [row["name"] for row in rows][1:] == ["8-bit weights and inputs", "the same, 4-bit cache", "integers only"]
+    for row in rows[1:]:
+        assert 8 <= row["bits_per_weight"] < 8.5 and row["decode"] > 0
+        assert row["perplexity"] < 1.05 * rows[0]["perplexity"]
+    assert rows[2]["perplexity"] != rows[1]["perplexity"], "without a cache, keys and values are rounded all the same"
+    assert capfd.readouterr().out.count("identical") == 3
+    assert "ILLMConfig" in (tmp_path / "out" / "integers" / "README.md").read_text()
