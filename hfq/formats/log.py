@@ -90,12 +90,17 @@ def table(spec: LogSpec, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return values.to(dtype)
 
 
-def encode(x: torch.Tensor, scale: torch.Tensor | float, spec: LogSpec) -> torch.Tensor:
+def encode(x: torch.Tensor, scale: torch.Tensor | float, spec: LogSpec, *, check: bool = True) -> torch.Tensor:
     """Codes uint8 of ``x`` (any shape, not below zero; computed in float32, float64 of float64).
+
+    Args:
+        check: look for elements below zero; a caller that has just taken a softmax need not.
 
     Raises:
         QuantizationError: an element is below zero.
     """
+    if check:
+        _not_negative(x)
     ratio, exponent = _exponent(x.detach(), scale, spec)
     q = exponent.round().clamp_(0, spec.last)
     if spec.zero == "reserve":
@@ -173,11 +178,14 @@ def planes(spec: LogSpec) -> list[Plane]:
 def _exponent(x: torch.Tensor, scale: torch.Tensor | float, spec: LogSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """``x / scale`` and its exponent before rounding; elements under the smallest magnitude count as half of it."""
     working = torch.promote_types(x.dtype, torch.float32)
-    if x.numel() and bool((x.detach() < 0).any()):
-        raise QuantizationError("a logarithmic format has no numbers below zero")
     ratio = x.to(working) / torch.as_tensor(scale).to(x.device, working)
     floor = 2.0 ** -(spec.last / spec.steps + 2)
     return ratio, -spec.steps * torch.log2(ratio.clamp(min=floor))
+
+
+def _not_negative(x: torch.Tensor) -> None:
+    if x.numel() and bool((x.detach() < 0).any()):
+        raise QuantizationError("a logarithmic format has no numbers below zero")
 
 
 def _threshold(spec: LogSpec) -> float:

@@ -1,0 +1,215 @@
+"""The two products of an attention module on stored grids: queries with keys, probabilities with values.
+
+The part sits where other quantized attention sits (child ``hfq_attention``) and takes the place of the attention
+function of any module that goes through transformers' attention interface; nothing of the modules is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfq.errors import CheckpointError, ConfigError, HfqError, QuantizationError
+from hfq.formats import ActivationSpec, activation
+from hfq.formats.activation import Parameters
+from hfq.formats.log import LogSpec
+from hfq.formats.twin import TwinSpec
+from hfq.kernels import products
+from hfq.kernels.products import SIDES
+from hfq.layers import attention
+from hfq.layers.attention import AttentionQuant
+from hfq.report import Report, Row
+
+__all__ = ["AttentionProducts", "causal", "empty_products", "install"]
+
+Spec = ActivationSpec | LogSpec | TwinSpec
+# Options of attention functions that change the result and that these products do not know.
+_CHANGING = {"softcap", "position_bias", "s_aux", "sinks", "attention_sinks", "alibi", "block_mask", "score_mod"}
+
+
+class AttentionProducts(AttentionQuant):
+    """Attention on codes: ``softmax(Q K^T * scaling + mask) V`` with exact sums of integers in both products.
+
+    Relative positions and masks are added to the scores in floats; the softmax is computed in float32.
+
+    Args:
+        head_dim: width of a head.
+        query, key, value: static uniform grids, one a tensor; ``None`` leaves a side as it is.
+        probabilities: of what the softmax gives: uniform, logarithmic, or two grids of magnitudes.
+    """
+
+    def __init__(
+        self, head_dim: int, *, query: ActivationSpec | None = None, key: ActivationSpec | None = None,
+        value: ActivationSpec | None = None, probabilities: Spec | None = None, device: Any = None,
+    ) -> None:
+        super().__init__(head_dim)
+        self.formats: dict[str, Spec | None] = dict(zip(SIDES, (query, key, value, probabilities), strict=True))
+        for name, spec in self.formats.items():
+            if isinstance(spec, ActivationSpec) and (spec.dynamic or spec.granularity != "tensor"):
+                raise QuantizationError(f"{name}={spec}: products take a stored range a tensor")
+            if isinstance(spec, LogSpec) and not spec.storable:
+                raise QuantizationError(f"{name}={spec}: one state more than {spec.bits} bits hold: simulation only")
+            if (name != "probabilities" and not isinstance(spec, ActivationSpec | None)) or (
+                    isinstance(spec, TwinSpec) and spec.regions != "magnitude"):
+                raise QuantizationError(f"{name}={spec}: queries, keys and values take uniform grids, probabilities "
+                                        "also logarithmic ones and two grids of magnitudes")
+            for leaf, dtype in self._leaves(name).items():
+                empty = torch.empty(1, dtype=dtype, device=device)
+                self.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
+
+    def _leaves(self, name: str) -> dict[str, torch.dtype]:
+        spec = self.formats[name]
+        found = {} if spec is None else {f"{name}_scale": torch.float32}
+        if isinstance(spec, ActivationSpec) and not spec.symmetric:
+            found[f"{name}_zero_point"] = torch.uint8
+        return found
+
+    def set_range(self, name: str, params: Parameters) -> None:
+        """Store ``(scale, zero point or None)`` of a side.
+
+        Raises:
+            QuantizationError: the side has no format, or they are no range of it.
+        """
+        leaves = self._leaves(name)
+        given = {f"{name}_scale": params[0], f"{name}_zero_point": params[1]}
+        if {leaf for leaf, tensor in given.items() if tensor is not None} != set(leaves):
+            raise QuantizationError(f"{self.label or 'attention'}: {name} stores {sorted(leaves) or 'nothing'}")
+        with torch.no_grad():
+            for leaf in leaves:
+                self._parameters[leaf].copy_(given[leaf].reshape(1))  # type: ignore[union-attr]
+        self.check(self.label or "attention", QuantizationError, (name,))
+
+    def range_of(self, name: str) -> Parameters | None:
+        if self.formats[name] is None:
+            return None
+        return self._parameters[f"{name}_scale"], self._parameters.get(f"{name}_zero_point")  # type: ignore[return-value]
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+        attend: Callable[..., Any], options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """``[batch, heads, tokens, head_dim]`` three times to ``([batch, tokens, heads, head_dim], None)``.
+
+        Raises:
+            QuantizationError: the call asks for what these products do not have: a cache, dropout, causal attention
+                without a mask, or an option that changes the scores.
+        """
+        options = dict(options or {})
+        unknown = sorted(name for name in _CHANGING & set(options) if options[name] is not None)
+        if options.get("is_causal") and query.shape[2] > 1 and mask is None:
+            unknown.append("causal mask")
+        if self.training and options.get("dropout"):
+            unknown.append("dropout")
+        if attention._CALL.__dict__.pop("stored", None) is not None:
+            unknown.append("cache")
+        if unknown:
+            raise QuantizationError(f"{self.label}: attention on stored grids has no {', '.join(unknown)}")
+        scaling = options.get("scaling")
+        scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+        params = {name: self.range_of(name) for name in SIDES}
+        needs = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        whole = all(spec is not None for spec in self.formats.values())
+        compute = products.attention_int if whole and not needs else products.attention_float
+        out = compute(query, key, value, mask, scaling, self.formats, params)  # type: ignore[arg-type]
+        return out.transpose(1, 2).contiguous(), None
+
+    def check(self, where: str, error: type[HfqError] = CheckpointError, sides: Sequence[str] = SIDES) -> None:
+        """Raise ``error`` unless every stored range makes sense."""
+        for name in sides:
+            spec = self.formats[name]
+            params = self.range_of(name)
+            if params is None or params[0].is_meta:
+                continue
+            for leaf, dtype in self._leaves(name).items():
+                tensor = self._parameters[leaf]
+                if tensor is None or tuple(tensor.shape) != (1,) or tensor.dtype != dtype:
+                    raise error(f"{where}.{leaf}: {dtype} (1,) is needed")
+            try:
+                if isinstance(spec, ActivationSpec):
+                    activation.check_parameters(params, spec, f"{where}.{name}_scale")
+                elif not (torch.isfinite(params[0]).all() and (params[0] > 0).all()):
+                    raise QuantizationError(f"{where}.{name}_scale {float(params[0])}: a finite number above zero")
+            except QuantizationError as wrong:
+                raise error(str(wrong)) from None
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest entry, JSON only, without the module's name."""
+        sides = {name: _described(spec) for name, spec in self.formats.items()}
+        return {"form": "products", "head_dim": self.head_dim, **sides}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AttentionProducts:
+        for name, parameter in self._parameters.items():
+            if parameter is not None:  # casts leave integers alone
+                data = parameter.detach()
+                same = torch.int32 if data.dtype == torch.float32 else torch.uint8
+                moved = fn(data.view(same)).view(data.dtype)
+                self._parameters[name] = nn.Parameter(moved, requires_grad=False)
+        return self
+
+    def extra_repr(self) -> str:
+        parts = [f"{name} {spec.bits} bits" for name, spec in self.formats.items() if spec is not None]
+        return ", ".join([str(self.head_dim), *parts])
+
+
+def _described(spec: Spec | None) -> dict[str, Any] | None:
+    return None if spec is None else {"form": "uniform", **spec.to_dict()}
+
+
+def causal(module: nn.Module) -> bool:
+    """Whether an attention module lets tokens see the ones before them alone, which needs a mask at every call."""
+    return bool(getattr(module, "is_causal", False))
+
+
+def install(
+    model: nn.Module, name: str, part: AttentionProducts, report: Report | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> AttentionProducts:
+    """Make the attention module ``name`` compute with ``part``, and add a report row.
+
+    Raises:
+        QuantizationError: it is causal, has a part already, or does not go through the attention interface.
+    """
+    if causal(model.get_submodule(name)):
+        raise QuantizationError(f"{name} is causal: products on stored grids are for attention without a cache")
+    attention.install(model, name, part)
+    if report is not None:
+        numel = sum(p.numel() for p in part.parameters())
+        bits = 8 * sum(p.nbytes for p in part.parameters()) / numel if numel else None
+        formats = {side: _described(spec) for side, spec in part.formats.items()}
+        report.add(Row(f"{name}.{attention.CHILD}", kind="attention", status="attached", bits=bits, numel=numel,
+                       asked={side: spec.bits for side, spec in part.formats.items() if spec is not None},
+                       extra={**formats, **(extra or {})}))  # fmt: skip
+    return part
+
+
+def empty_products(module: nn.Module, entry: Mapping[str, Any], name: str) -> AttentionProducts | None:
+    """The empty part that a manifest entry describes; ``None`` if ``module`` has it already.
+
+    Raises:
+        CheckpointError: the entry makes no sense.
+    """
+    if set(entry) != {"module", "form", "head_dim", *SIDES} or not attention._is_size(entry["head_dim"]):
+        raise CheckpointError(f"the attention of {name!r} in the manifest is damaged: {dict(entry)}")
+    present = attention.installed(module)
+    if present is not None:
+        if {"module": entry["module"], **present.describe()} == dict(entry):
+            return None
+        raise CheckpointError(f"{name} has quantized attention already, and otherwise than the manifest says")
+    device = next((p.device for p in module.parameters()), None)
+    try:
+        return AttentionProducts(entry["head_dim"], device=device, **{side: _spec(entry[side]) for side in SIDES})
+    except (ConfigError, QuantizationError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the attention of {name!r} in the manifest cannot be built: {error}") from error
+
+
+def _spec(entry: Mapping[str, Any] | None) -> Any:
+    if entry is None:
+        return None
+    given = dict(entry)
+    form = given.pop("form", "uniform")
+    if form not in ("uniform", "log", "twin"):
+        raise ConfigError(f"form {form!r}: the checkpoint needs a newer hfq")
+    return {"uniform": ActivationSpec, "log": LogSpec, "twin": TwinSpec}[form].from_dict(given)
