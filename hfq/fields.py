@@ -93,7 +93,11 @@ def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
     if choices is not None:
         return f"one of {', '.join(map(repr, choices))}{also}{none}"
     words = _words(hint)
-    return (f"{words} from {limits[0]:g} to {limits[1]:g}{also}" if limits is not None else words) + none
+    return (f"{words} from {_number(limits[0])} to {_number(limits[1])}{also}" if limits is not None else words) + none
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hfq.config import HfqConfig, option
+from hfq.errors import ConfigError
 from hfq.report import Report, Row
 
 __all__ = ["AffineQuantConfig", "quantize"]
@@ -62,6 +63,15 @@ class AffineQuantConfig(HfqConfig):
     batch_size: int = option(1, range=(1, 4096))
     max_condition: float = option(1e6, range=(1.0, 1e12))
     mixed_precision: bool = False
+
+    def check(self) -> None:
+        wanted = [name for name in ("ln_matrix", "qk_matrix") if getattr(self, name)]
+        if wanted and self.maps != "affine":
+            raise ConfigError(f"{wanted[0]}=True: maps={self.maps!r} learns no matrices, maps='affine' does")
+        if self.qk_matrix and self.qk_mode == "off":
+            raise ConfigError("qk_matrix=True: qk_mode='off' leaves queries and keys alone")
+        if self.kv_bits == 1 and self.attention != 16:
+            raise ConfigError("kv_bits=1: keys and values are learned with 2 bits at least")
 
     @property
     def attention(self) -> int:

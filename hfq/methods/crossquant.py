@@ -78,6 +78,9 @@ class CrossQuantConfig(ComposedConfig):
             self.backend_config()  # what the backend refuses is found here
         if self.mode == "dynamic" and self.alpha_search:
             raise ConfigError("alpha_search=True needs mode='static': it weighs inputs against their weights")
+        if self.mode == "dynamic" and (self.token_scale == "paper" or self.percentile < 100):
+            raise ConfigError("token_scale and percentile are about ranges from calibration data: mode='static' has "
+                              "them, mode='dynamic' takes both maxima from the call")
         if self.solver == "gptq" and self.group_scale == "int":
             raise ConfigError("group_scale='int' needs solver='rtn': it rounds the weights again on the new grid")
 

@@ -39,7 +39,7 @@ class KVQuantConfig(HfqConfig):
     supports_kv_bits = True
     is_cache = True
 
-    bits: int = option(16, range=(16, 16))
+    bits: int = option(16, range=(1, 8), also=(16,))
     kv_bits: int = option(4, range=(1, 8), also=(16,))
     calibration_samples: int = option(16, range=(1, 1 << 20))
     calibration_seqlen: int = option(2048, range=(2, 1 << 20))
@@ -59,6 +59,11 @@ class KVQuantConfig(HfqConfig):
     fit_tokens: int = option(8192, range=(1, 1 << 30))
 
     def check(self) -> None:
+        if self.bits != 16:
+            raise ConfigError(f"bits={self.bits}: kvquant leaves weights as they are (16); the config of a method that "
+                              "quantizes them carries this one in kv_cache")
+        if self.qnorm and self.datatype == "int":
+            raise ConfigError("qnorm=True corrects a codebook: datatype='int' has none")
         if self.key_axis != "channel" and self.pre_rope and "pre_rope" in self._given:
             raise ConfigError(f"pre_rope=True: keys with ranges of axis {self.key_axis!r} keep their positions")
         if self.key_axis == "window" and (self.datatype != "int" or self.outliers):
@@ -89,6 +94,8 @@ class KVQuantConfig(HfqConfig):
 def quantize(model: Any, data: Any, config: KVQuantConfig, report: Report) -> None:
     """Steps 1 to 7 of the specification: statistics on the float model, then ranges and codebooks layer by layer."""
     from hfq.calibration import keys
+    from hfq.calibration.fits import Fits
+    from hfq.calibration.progress import state_digest
     from hfq.layers import kv_install
 
     plan = config.plan(model)
@@ -96,18 +103,26 @@ def quantize(model: Any, data: Any, config: KVQuantConfig, report: Report) -> No
         report.leave(name, reason)
     if config.kv_bits == 16:
         return
-    form = config.form()
+    form, options = config.form(), config.walk_options()
     places = kv_install.places(model, config.one_call(model, data), pre_rope=form.pre_rope)
+    fits = Fits(options["progress_dir"],
+                {**options["fingerprint"], "data": data.sha256, "model": state_digest(model)})
+    done = {place.name: found for place in places if (found := fits.read(place.name)) is not None}
+    left = [place for place in places if place.name not in done]
     learned = config.datatype == "nuq"
-    tokens = keys.collect(
-        model, data, places, gradients=learned and config.fisher, most=config.fit_tokens, drop=config.sink,
-        progress=config.walk_options()["progress"],
+    tokens = {} if not left else keys.collect(
+        model, data, left, gradients=learned and config.fisher, most=config.fit_tokens, drop=config.sink,
+        progress=options["progress"],
     )
-    for place in places:
+    for place in left:
         found = tokens.pop(place.name)
-        tables, errors = fit(found, place, form, config)
-        kv_install.add(model, place, form, report, tables=tables, tokens=found.seen, error=errors.pop("error"),
-                       extra=errors)
+        tables, values = fit(found, place, form, config)
+        done[place.name] = tables, {**values, "tokens": found.seen}
+        fits.write(place.name, *done[place.name])
+    for place in places:
+        tables, values = done[place.name]
+        kv_install.add(model, place, form, report, tables=tables, tokens=values.pop("tokens"),
+                       error=values.pop("error"), extra=values)
 
 
 def fit(found: Any, place: Any, form: Any, config: KVQuantConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -145,6 +145,8 @@ def train(
     blocks = [(block.name, block.module) for block in plan.blocks]
     make = partial(Student, model, blocks, transforms, recompute=training.recompute, autocast=training.autocast)
     if not list(transforms.parameters()) or (training.steps == 0 and training.smooth == 0):
+        if training.steps and report is not None:
+            report.note("nothing was trained: the model has no rotation and no scale that was asked for")
         return []
     if training.smooth:
         smooth_scales(make(), batches, training.smooth, rows=training.smooth_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hfq
 from hfq.calibration import keys
 from hfq.calibration.data import normalise
-from hfq.errors import ConfigError
+from hfq.errors import CheckpointError, ConfigError
 from hfq.evaluation.perplexity import perplexity
 from hfq.formats import codebook, kv, kv_fit
 from hfq.formats.kv import KVFormat, SideSpec, Tables
 from hfq.layers import attention, kv_install
 from hfq.layers.kv_store import KVStore
+from hfq.methods import kvquant as method
 
 COMMON = {"calibration_samples": 12, "calibration_seqlen": 40, "progress": False}
 # The caches that the paper compares with, as options of the same Config.
@@ -386,6 +388,32 @@ def test_same_seed_same_numbers() -> None:
     one, two = (quantized(kv_bits=3).state_dict() for _ in range(2))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
     assert sum(name.endswith("key_encode") for name in one) == 2
+
+
+def test_stopped_and_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quantized()
+    seen: list[str] = []
+
+    def stop(found: Any, place: Any, *args: Any, fit: Any = method.fit) -> Any:
+        if seen == ["model.layers.0.self_attn"]:
+            raise KeyboardInterrupt
+        seen.append(place.name)
+        return fit(found, place, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "fit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(work_dir=tmp_path)
+    seen.clear()
+    monkeypatch.setattr(method, "fit", lambda *args, fit=method.fit: seen.append(args[1].name) or fit(*args))
+    model = quantized(work_dir=tmp_path)
+    assert seen == ["model.layers.1.self_attn"]
+    ours, theirs = model.state_dict(), whole.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    rows, wanted = model.hfq_report.rows, whole.hfq_report.rows
+    assert rows == wanted and torch.equal(logits(model, ids(2)), logits(whole, ids(2)))
+    with pytest.raises(CheckpointError, match=r"kv_bits differ.*delete the folder"):
+        quantized(work_dir=tmp_path, kv_bits=2)
 
 
 def test_padding_and_first_tokens_are_left_out() -> None:

@@ -1,0 +1,50 @@
+"""Configs of the methods of activations and caches, typed wrong: errors that say what, where, and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import hfq
+from hfq.errors import ConfigError
+
+WRONG: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("affinequant", {"epoch": 3}, ("unknown field 'epoch' of AffineQuantConfig", "did you mean 'epochs'")),
+    ("affinequant", {"let_lr": "5e-3"}, ("let_lr='5e-3'", "a finite number from 0 to 1")),
+    ("affinequant", {"epochs": 2.0}, ("epochs=2.0", "an integer from 0 to 10000 or None")),
+    ("affinequant", {"qk_mode": "off", "qk_matrix": True}, ("qk_matrix=True", "qk_mode='off'")),
+    ("affinequant", {"maps": "diagonal", "ln_matrix": True}, ("ln_matrix=True", "maps='affine'")),
+    ("affinequant", {"activation_bits": 4, "kv_bits": 1}, ("kv_bits=1", "2 bits at least")),
+    ("ostquant", {"step": 3}, ("unknown field 'step' of OSTQuantConfig", "did you mean 'steps'")),
+    ("ostquant", {"rotate": "yes"}, ("rotate='yes'", "True or False")),
+    ("ostquant", {"steps": "150"}, ("steps='150'", "an integer from 0 to 1048576")),
+    ("ostquant", {"act_order": True, "group_size": 32}, ("act_order=True", "static_groups=True")),
+    ("ostquant", {"kv_bits": 4, "kv_cache": {"kv_bits": 4}}, ("kv_bits=4 and kv_cache", "say it once")),
+    ("crossquant", {"alfa": 0.1}, ("unknown field 'alfa' of CrossQuantConfig", "did you mean 'alpha'")),
+    ("crossquant", {"alpha": "0.15"}, ("alpha='0.15'", "a finite number from 0 to 1")),
+    ("crossquant", {"alpha": float("nan")}, ("alpha=nan", "a finite number")),
+    ("crossquant", {"mode": "dynamic", "token_scale": "paper"}, ("token_scale", "mode='static'")),
+    ("crossquant", {"mode": "dynamic", "percentile": 99.0}, ("percentile", "mode='static'")),
+    ("i_llm", {"qkalpha": 0.5}, ("unknown field 'qkalpha' of ILLMConfig", "did you mean 'qk_alpha'")),
+    ("i_llm", {"clip_range": "15"}, ("clip_range='15'", "a finite number from 1 to 64")),
+    ("i_llm", {"kv_cache": {"kv_bits": 4}}, ("kv_cache", "use kv_bits")),
+    ("i_llm", {"overrides": {"*.v_proj": {"group_size": 32}}}, ("'group_size' of a single module", "only bits")),
+    ("kvquant", {"outlier": 0.1}, ("unknown field 'outlier' of KVQuantConfig", "did you mean 'outliers'")),
+    ("kvquant", {"outliers": "1%"}, ("outliers='1%'", "a finite number from 0 to 0.2")),
+    ("kvquant", {"bits": 4}, ("bits=4", "leaves weights as they are", "kv_cache")),
+    ("kvquant", {"datatype": "int", "qnorm": True}, ("qnorm=True", "datatype='int'")),
+    ("kvquant", {"key_axis": "window"}, ("key_axis='window'", "datatype='int'")),
+    ("cbq", {"windows": 2}, ("unknown field 'windows' of CBQConfig", "did you mean 'window'")),
+    ("cbq", {"rank": "5"}, ("rank='5'", "an integer from 1 to 65536")),
+    ("cbq", {"overlap": 2}, ("overlap=2", "less than window=2")),
+    ("cbq", {"bits": 16, "attention_bits": 4}, ("attention_bits=4 and bits=16", "bits=8 or less")),
+    ("cbq", {"overrides": {"*.v_proj": {"rank": "x"}}}, (r"overrides['*.v_proj']['rank']='x'", "an integer")),
+]
+
+
+@pytest.mark.parametrize("slug, options, words", WRONG, ids=[f"{slug} {options}" for slug, options, _ in WRONG])
+def test_typed_wrong(slug: str, options: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        hfq.HfqConfig(method=slug, **options)
+    assert all(word in str(error.value) for word in words), str(error.value)
