@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
-from hfq.layers import attached, attention, integer_build
+from hfq.layers import attached, attention, integer_build, products
 from hfq.layers import manifest as record
 from hfq.layers import online as streams
 from hfq.layers.conv import geometry_of
@@ -77,7 +77,8 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
     for entry in record.parts(manifest, "attention"):
         place = record.locate(model, entry["module"], layers)
         if place is not None:
-            part = attention.empty_part(model.get_submodule(place), entry, entry["module"])
+            build_part = products.empty_products if entry.get("form") == "products" else attention.empty_part
+            part = build_part(model.get_submodule(place), entry, entry["module"])
             attentions += [] if part is None else [(place, part)]
     beside = _beside(model, manifest, layers)
     for place, build in todo:

@@ -16,7 +16,7 @@ from hfq.reconstruction.direct import embedding_spec, expert_matrices
 from hfq.rounding import nearest
 from hfq.rounding.gptq import Factor, factorise, solve, solve_many
 
-__all__ = ["Solver", "solve_block"]
+__all__ = ["Solver", "solve_block", "solve_sites"]
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,28 @@ def solve_block(
     for name, more in (options or {}).items():
         swaps[name] = {**swaps.get(name, {}), **more}
     for sites in step.block.groups if solver.sequential else [step.block.sites]:
-        moments = hessian.collect(step, sites, weights)
-        for shared in _together(sites, moments, spec_for):
-            if shared[0].kind == "experts":
-                _experts(step, shared[0], moments[shared[0].name], spec_for(shared[0].name), solver)
-            elif shared[0].kind == "embedding":
-                _embedding(step, shared[0], moments[shared[0].name], spec_for(shared[0].name), solver)
-            else:
-                _linears(step, shared, moments, spec_for(shared[0].name), solver, swaps)
+        solve_sites(step, sites, spec_for, solver, weights=weights, options=swaps)
         step.settle()
+
+
+def solve_sites(
+    step: Step,
+    sites: Sequence[Any],
+    spec_for: Callable[[str], QuantSpec],
+    solver: Solver,
+    *,
+    weights: Sequence[torch.Tensor] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """:func:`solve_block` for some sites of the block, on the inputs that they have now."""
+    moments = hessian.collect(step, sites, weights)
+    for shared in _together(sites, moments, spec_for):
+        if shared[0].kind == "experts":
+            _experts(step, shared[0], moments[shared[0].name], spec_for(shared[0].name), solver, options or {})
+        elif shared[0].kind == "embedding":
+            _embedding(step, shared[0], moments[shared[0].name], spec_for(shared[0].name), solver)
+        else:
+            _linears(step, shared, moments, spec_for(shared[0].name), solver, options or {})
 
 
 def _together(
@@ -119,7 +132,10 @@ def _linears(
         step.swap(site, codes, asked=asked, tokens=found.tokens, extra=extra, **options)
 
 
-def _experts(step: Step, site: Any, moments: Mapping[str, Any], spec: QuantSpec, solver: Solver) -> None:
+def _experts(
+    step: Step, site: Any, moments: Mapping[str, Any], spec: QuantSpec, solver: Solver,
+    swaps: Mapping[str, Mapping[str, Any]],
+) -> None:
     codes: dict[str, list[Codes]] = {}
     for name in site.tensors:
         bank = expert_matrices(site, name)
@@ -128,7 +144,8 @@ def _experts(step: Step, site: Any, moments: Mapping[str, Any], spec: QuantSpec,
             label = f"{site.name}.{name}[{number}]"
             factor = solver.factorise(moments[name][number].matrix, label)
             codes[name].append(solve(matrix, factor, spec, name=label, **solver.options())[0])
-    step.swap_experts(site, codes, asked=spec.to_dict())
+    options = dict(swaps.get(site.name, {}))
+    step.swap_experts(site, codes, asked={**spec.to_dict(), **options.pop("asked", {})}, **options)
 
 
 def _embedding(step: Step, site: Any, moments: Any, spec: QuantSpec, solver: Solver) -> None:
