@@ -43,7 +43,7 @@ def fit(
     Args:
         observer: "minmax" covers everything; "percentile" takes of the ranges between the quantiles ``1 - p`` and ``p``
             the one with the least squared error; "mse" shrinks the whole range in ``grid`` steps for the least squared
-            error; "kl" the range whose distribution is nearest to that of the numbers.
+            error; "kl" the symmetric range whose quantized histogram diverges least from that of the numbers.
         percentiles: of "percentile".
 
     Raises:
@@ -53,7 +53,7 @@ def fit(
     if observer == "kl":
         from hfq.calibration import observers
 
-        found = observers.Kl(spec.bits, spec.symmetric)  # type: ignore[attr-defined]
+        found = observers.KL(spec.bits)
         found.update(x)
         return _parameters(*found.range(), spec)
     return _least(x, _candidates(x, observer, percentiles, grid), spec)

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from hfq.errors import QuantizationError
-from hfq.formats import ActivationSpec, activation
+from hfq.formats import ActivationSpec, activation, twin
+from hfq.formats.twin import TwinSpec
 
 __all__ = ["fake_inputs", "fake_outputs"]
 
 
 @contextmanager
 def fake_inputs(
-    modules: Mapping[nn.Module, ActivationSpec | None],
+    modules: Mapping[nn.Module, ActivationSpec | TwinSpec | None],
     factors: Mapping[nn.Module, torch.Tensor] | None = None,
     params: Mapping[nn.Module, activation.Parameters] | None = None,
 ) -> Iterator[None]:
@@ -81,10 +82,13 @@ class _Memo:
 
 
 def _hook(
-    spec: ActivationSpec, params: activation.Parameters | None, factor: torch.Tensor | None, memo: _Memo
+    spec: ActivationSpec | TwinSpec, params: activation.Parameters | None, factor: torch.Tensor | None, memo: _Memo
 ) -> Any:
     def fake(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         shared = params is None and factor is None
+        if isinstance(spec, TwinSpec):
+            assert params is not None
+            return twin.fake(x, params[0], spec)
         return memo.fake(module, x, spec) if shared else activation.fake(x, spec, params, factor)
 
     def quantize(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
