@@ -20,6 +20,8 @@ WATCHED = {
     "transformers.quantizers": "register_transformers",
     "diffusers.quantizers": "register_diffusers",
     "peft": "register_peft",
+    "transformers.models.auto.configuration_auto": "register_configs",
+    "transformers.models.auto.modeling_auto": "register_models",
 }
 
 _log = logging.getLogger("hfq")

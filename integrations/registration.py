@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
-__all__ = ["install_environment", "register_diffusers", "register_peft", "register_transformers"]
+__all__ = [
+    "install_environment", "register_configs", "register_diffusers", "register_models", "register_peft",
+    "register_transformers",
+]  # fmt: skip
 
 
 def register_transformers() -> None:
@@ -40,6 +43,20 @@ def register_peft() -> None:
     """Teach peft the packed layers, where this version of hfq has the adapters."""
     if importlib.util.find_spec("hfq.integrations.peft") is not None:
         importlib.import_module("hfq.integrations.peft").register()
+
+
+def register_configs() -> None:
+    """Let ``AutoConfig`` know the models of ``hfq.integrations.models``. Idempotent."""
+    from hfq.integrations.models import repvgg
+
+    repvgg.register_config()
+
+
+def register_models() -> None:
+    """Let the automatic classes know the models of ``hfq.integrations.models``. Idempotent."""
+    from hfq.integrations.models import repvgg
+
+    repvgg.register_model()
 
 
 def install_environment() -> None:

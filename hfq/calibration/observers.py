@@ -1,4 +1,5 @@
-"""Ranges of activations over a stream: minimum and maximum, largest magnitude, percentile, least squared error.
+"""Ranges of activations over a stream: minimum and maximum, largest magnitude, percentile, least squared error, least
+divergence of what is quantized from what was seen.
 
 Every observer takes tensors one at a time (``update``), merges over processes once (``reduce``), and answers with
 ``range() -> (low, high)``, tensors of the observed shape (a scalar, or one number a channel of ``axis``).
@@ -11,7 +12,7 @@ import torch
 from hfq.calibration import ranks
 from hfq.errors import DataError
 
-__all__ = ["AbsMax", "Histogram", "MinMax", "Mse", "Observer", "Percentile"]
+__all__ = ["AbsMax", "Histogram", "Kl", "MinMax", "Mse", "Observer", "Percentile", "divergence", "masked_divergence"]
 
 
 class Observer:
@@ -171,3 +172,123 @@ class Mse(Histogram):
             if loss < best[0]:
                 best = (loss, low * shrink, high * shrink)
         return self._clip(best[1], best[2]) if not self.symmetric else (torch.tensor(best[1]), torch.tensor(best[2]))
+
+
+def _clipped(counts: torch.Tensor, stop: int, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts with all from ``stop`` on added to the last bin before it; the same without them, on ``groups`` levels.
+
+    A level spreads its counts evenly over those of its bins that are not empty.
+    """
+    inside = counts[:stop]
+    p = inside.clone()
+    p[-1] += counts[stop:].sum()
+    level = torch.arange(stop, device=counts.device) * groups // stop
+    filled = (inside != 0).to(counts.dtype)
+    total = counts.new_zeros(groups).index_add_(0, level, inside)
+    bins = counts.new_zeros(groups).index_add_(0, level, filled)
+    return p, (total / bins.clamp(min=1))[level] * filled
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Kullback-Leibler divergence of the normalised ``q`` from the normalised ``p``; infinite where only ``q`` is 0."""
+    p, q = p / p.sum(), q / q.sum()
+    held = p != 0
+    return float((p[held] * (p[held] / q[held]).log()).sum())
+
+
+def masked_divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """``sum P (ln(sum(P) P) - ln(sum(Q) Q)) / sum(P)`` over the bins where both are there, with the sums over all.
+
+    With ``p`` and ``q`` normalised it is ``sum p ln(p / q) + 2 ln(sum(P) / sum(Q)) sum p`` over those bins: what was
+    clipped (the sum of ``Q`` is the smaller one) costs, and empty bins are passed over.
+    """
+    held = (p != 0) & (q != 0)
+    whole = p.sum()
+    return float((p[held] * ((whole * p[held]).log() - (q.sum() * q[held]).log())).sum() / whole)
+
+
+class Kl(Observer):
+    """The range at which the histogram of what is quantized diverges least from the one that was seen.
+
+    Counts magnitudes in equal bins over ``[0, 2**k]``; the largest one lies in the upper half, so that at least
+    ``bins / 2`` are in use. Every threshold from ``2**(bits-1)`` bins on is a candidate.
+
+    Args:
+        bits: of the grid; it has ``2**(bits-1)`` levels of magnitude, all ``2**bits`` of them for an asymmetric one
+            without negative numbers.
+        symmetric: the range reaches as far to both sides; else to no side farther than what was seen.
+        masked: by :func:`masked_divergence`, else by :func:`divergence`.
+        positive: count positive numbers only (a ReLU follows).
+        stride: bins between two candidates.
+        bins: of the histogram.
+    """
+
+    def __init__(
+        self, bits: int = 8, symmetric: bool = True, *, masked: bool = True, positive: bool = False, stride: int = 4,
+        bins: int = 4096,
+    ) -> None:
+        if bins < 4 << bits or bins % 2:
+            raise DataError(f"bins={bins}: an even number of at least {4 << bits} is needed for {bits} bits")
+        if stride < 1:
+            raise DataError(f"stride={stride}: at least 1 is needed")
+        self.bits, self.symmetric, self.masked, self.positive = bits, symmetric, masked, positive
+        self.stride, self.bins = stride, bins
+        self.exponent: int | None = None
+        self.counts = torch.zeros(bins, dtype=torch.float64)
+        self.exact = MinMax()
+
+    def _update(self, x: torch.Tensor) -> None:
+        x = x.clamp(min=0) if self.positive else x
+        self.exact._update(x)
+        x = x.abs()
+        # Zeros are exact at every scale; as the first bin, often the fullest, they would draw the threshold to them.
+        x = x[x > 0]
+        if not x.numel():
+            return
+        self._grow(max(-60, int(x.max().double().log2().ceil())))
+        self.counts += torch.histc(x, self.bins, 0, 2.0 ** (self.exponent or 0)).double().cpu()
+
+    def _grow(self, exponent: int) -> None:
+        self.exponent = exponent if self.exponent is None else self.exponent
+        while self.exponent < exponent:
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts = torch.nn.functional.pad(merged, (0, self.bins // 2))
+            self.exponent += 1
+
+    def reduce(self) -> None:
+        self.exact.reduce()
+        exponents = [exponent for exponent in ranks.gather(self.exponent) if exponent is not None]
+        if exponents:
+            self._grow(max(exponents))
+            ranks.sum_(self.counts)
+
+    def curve(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Thresholds and their divergences, float64 ``[candidates]``."""
+        top = float(self._top())
+        width = 2.0 ** (self.exponent or 0) / self.bins
+        used = min(self.bins, max(int(-(-top // width)), 1))
+        one_sided = not self.symmetric and float(self.exact.range()[0]) >= 0
+        counts, levels = self.counts[:used].clone(), 1 << self.bits - (0 if one_sided else 1)
+        counts[0] = 0
+        stops = sorted({*range(levels, used, self.stride), used})
+        found = []
+        for stop in stops:
+            p, q = _clipped(counts, stop, min(levels, stop))
+            measure = masked_divergence if self.masked else divergence
+            found.append(measure(p, q) if float(q.sum()) else float("inf"))
+        values = torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(stops, dtype=torch.float64) * width, values
+
+    def _top(self) -> torch.Tensor:
+        low, high = self.exact.range()
+        return torch.maximum(-low, high).cpu()
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        reach = top = self._top()
+        if float(top) and float(self.counts[1:].sum()):
+            thresholds, values = self.curve()
+            reach = thresholds[int(values.argmin())].float().clamp(max=float(top))
+        if self.symmetric:
+            return -reach, reach
+        low, high = (value.cpu() for value in self.exact.range())
+        return torch.maximum(-reach, low.clamp(max=0)), torch.minimum(reach, high.clamp(min=0))

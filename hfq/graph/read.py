@@ -156,7 +156,8 @@ def read(
         only: when given, every site that no pattern names stays float.
         ask: patterns of modules that are quantized although the default rule would leave them float
             (an output head, an embedding). ``only`` asks as well.
-        kinds: kinds of site that are quantized unless asked by name.
+        kinds: kinds of site that are quantized unless asked by name. Of a convolutional network (more convolutions
+            than linears) two-dimensional convolutions are besides.
     """
     sites = {name: site for name, module in model.named_modules() if (site := site_of(name, module)) is not None}
     containers = list(_stacks("", model, sites))
@@ -165,8 +166,9 @@ def read(
     owner = {site: block for block in blocks for site in sites if site.startswith(block.name + ".")}
     reasons = heads.default_reasons(model, sites, owner)
     plan = Plan(model, blocks, [], {})
+    convolutions = _convolutions(sites)
     for name, site in sites.items():
-        reason = _reason(site, reasons.get(name), skip, only, ask, kinds)
+        reason = _reason(site, reasons.get(name), skip, only, ask, (*kinds, "conv") if name in convolutions else kinds)
         if reason:
             plan.skipped[name] = reason
         block = owner.get(name)
@@ -177,6 +179,12 @@ def read(
     for block in blocks:
         block.groups = [[site] for site in block.sites]
     return plan
+
+
+def _convolutions(sites: dict[str, Site]) -> set[str]:
+    """Names of the two-dimensional convolutions of a convolutional network; a patch embedding makes none."""
+    found = {name for name, site in sites.items() if isinstance(site.module, nn.Conv2d)}
+    return found if len(found) > sum(site.kind in ("linear", "transposed") for site in sites.values()) else set()
 
 
 def _reason(

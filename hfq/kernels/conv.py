@@ -270,13 +270,14 @@ dispatch.add_rows([
 
 
 def _activation(spec: ActivationSpec | None) -> list[int]:
-    return [] if spec is None else [spec.bits, spec.symmetric, spec.dynamic]
+    # Never empty: a list without elements would pass for one of tensors.
+    return [0, 0, 0] if spec is None else [spec.bits, spec.symmetric, spec.dynamic]
 
 
 def _spec(numbers: Sequence[int]) -> ActivationSpec | None:
-    if not numbers:
-        return None
     bits, symmetric, dynamic = numbers
+    if not bits:
+        return None
     return ActivationSpec(bits, bool(symmetric), "tensor", dynamic=bool(dynamic))
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.layers import attached, attention, integer_build, products
+from hfq.layers import folded as norms
 from hfq.layers import manifest as record
 from hfq.layers import online as streams
 from hfq.layers.conv import geometry_of
@@ -31,7 +32,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     whole = integer_build.describe(model)
     if whole is not None:
         return {"version": record.VERSION, "layers": {}, "rotations": [], "integer": whole}
-    lists = {"attention": attention.describe(model), "attached": attached.attached(model)}
+    lists = {"attention": attention.describe(model), "attached": attached.attached(model),
+             "folded": norms.describe(model)}  # fmt: skip
     return {
         "version": record.VERSION,
         "layers": {name: module.describe() for name, module in packed_modules(model).items()},
@@ -66,13 +68,7 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
                 raise CheckpointError(f"{name} is packed already, and otherwise than the manifest says")
             continue
         todo.append((place, _builder(name, module, entry)))
-    turns: list[tuple[str, streams.StreamRotation]] = []
-    for entry in rotations:
-        place = record.locate(model, entry["module"], layers)
-        if place is not None:
-            block = model.get_submodule(place)
-            rotation = streams.empty_rotation(block, entry, entry["module"], _widths(block))
-            turns += [] if rotation is None else [(place, rotation)]
+    turns = _turns(model, rotations, layers)
     attentions: list[tuple[str, attention.AttentionQuant]] = []
     for entry in record.parts(manifest, "attention"):
         place = record.locate(model, entry["module"], layers)
@@ -81,6 +77,8 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
             part = build_part(model.get_submodule(place), entry, entry["module"])
             attentions += [] if part is None else [(place, part)]
     beside = _beside(model, manifest, layers)
+    for place, norm in _folded(model, manifest, layers):
+        norms.install(model, place, norm)
     for place, build in todo:
         new = build()
         assert isinstance(new, PackedModule)
@@ -93,6 +91,34 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
     for place, found in beside:
         attached.put(model, place, found)
     return [place for place, _ in todo]
+
+
+def _turns(
+    model: nn.Module, rotations: list[Mapping[str, Any]], layers: Mapping[str, Any]
+) -> list[tuple[str, streams.StreamRotation]]:
+    """Empty rotations of streams, with their places."""
+    made = []
+    for entry in rotations:
+        place = record.locate(model, entry["module"], layers)
+        if place is not None:
+            block = model.get_submodule(place)
+            rotation = streams.empty_rotation(block, entry, entry["module"], _widths(block))
+            made += [] if rotation is None else [(place, rotation)]
+    return made
+
+
+def _folded(
+    model: nn.Module, manifest: Mapping[str, Any], layers: Mapping[str, Any]
+) -> list[tuple[str, norms.Folded]]:
+    """What is left of folded norms, with its places."""
+    made = []
+    for entry in record.parts(manifest, "folded"):
+        place, conv = record.locate(model, entry["module"], layers), entry.get("conv")
+        if place is not None:
+            target = record.locate(model, conv, layers) if isinstance(conv, str) else None
+            part = norms.empty_folded(model, entry, place, target)
+            made += [] if part is None else [(place, part)]
+    return made
 
 
 def _beside(

@@ -11,6 +11,7 @@ from torch import nn
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.formats import ActivationSpec, Codes, affine
 from hfq.formats.activation import Parameters
+from hfq.layers import folded
 from hfq.layers.attached import AttachedPart
 from hfq.layers.deferred import Deferred
 from hfq.layers.experts import is_transposed, pack_experts
@@ -306,4 +307,5 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> li
     found = packed_modules(model)
     for name, module in found.items():
         model.set_submodule(name, to_float(module, dtype).train(module.training))
+    folded.restore(model)
     return list(found)

@@ -12,7 +12,7 @@ from torch import nn
 from hfq.calibration import hessian
 from hfq.calibration.step import Step
 from hfq.formats import PER_TENSOR, Codes, QuantSpec
-from hfq.reconstruction.direct import embedding_spec, expert_matrices
+from hfq.reconstruction.direct import embedding_spec, expert_matrices, site_matrix, unpackable
 from hfq.rounding import nearest
 from hfq.rounding.gptq import Factor, factorise, solve, solve_many
 
@@ -115,15 +115,14 @@ def _linears(
     swaps: Mapping[str, Mapping[str, Any]],
 ) -> None:
     names = ", ".join(site.name for site in sites)
-    if sites[0].kind not in ("linear", "transposed"):
+    if reason := unpackable(sites[0]):
         for site in sites:
-            reason = f"no packed layer for sites of kind {site.kind!r}"
             assert step.report is not None
             step.report.refuse(site.name, reason, kind=site.kind, asked=spec.to_dict(), numel=site.numel)
         return
     found = moments[sites[0].name]
     factor = solver.factorise(found.matrix, names)
-    matrices = [site.weight.detach().t() if site.kind == "transposed" else site.weight.detach() for site in sites]
+    matrices = [site_matrix(site) for site in sites]
     solutions = solve_many(matrices, factor, spec, name=names, **solver.options())
     for site, (codes, stats) in zip(sites, solutions, strict=True):
         options = dict(swaps.get(site.name, {}))

@@ -16,6 +16,7 @@ from hfq.rounding import nearest
 
 __all__ = [
     "embedding_spec", "expert_matrices", "nearest_block", "nearest_site", "pack_nearest", "pack_outside",
+    "site_matrix", "unpackable",
 ]  # fmt: skip
 
 
@@ -33,14 +34,26 @@ def pack_nearest(
             for name in site.tensors
         }
         swap.swap_experts(model, site.name, codes, report, asked=asked, reason=reason)
-    elif site.kind in ("linear", "transposed", "embedding"):
-        weight = site.weight.detach()
-        matrix = weight.t() if site.kind == "transposed" else weight
-        spec = embedding_spec(weight, spec) if site.kind == "embedding" else spec
-        swap.swap(model, site.name, nearest.solve(matrix, spec, clip=clip), report, asked=asked, reason=reason)
-    else:
-        why = f"no packed layer for sites of kind {site.kind!r}"
+    elif why := unpackable(site):
         report.refuse(site.name, why, kind=site.kind, asked=asked, numel=site.numel)
+    else:
+        spec = embedding_spec(site.weight, spec) if site.kind == "embedding" else spec
+        codes = nearest.solve(site_matrix(site), spec, clip=clip)
+        swap.swap(model, site.name, codes, report, asked=asked, reason=reason)
+
+
+def unpackable(site: Any) -> str:
+    """Why there is no packed layer for a site; empty if there is one."""
+    flat = site.kind in ("linear", "transposed", "embedding", "experts")
+    if flat or (site.kind == "conv" and isinstance(site.module, nn.Conv2d)):
+        return ""
+    return f"no packed layer for sites of kind {site.kind!r} ({type(site.module).__name__})"
+
+
+def site_matrix(site: Any) -> torch.Tensor:
+    """The float weight of a site with one weight as ``[out, in]``; taps of a convolution are inputs."""
+    weight: torch.Tensor = site.weight.detach()
+    return weight.t() if site.kind == "transposed" else weight.flatten(1) if site.kind == "conv" else weight
 
 
 def expert_matrices(site: Any, name: str) -> torch.Tensor:
@@ -95,13 +108,11 @@ def nearest_site(
     if site.kind == "experts":
         banks = {name: [codes(matrix) for matrix in expert_matrices(site, name)] for name in site.tensors}
         step.swap_experts(site, banks, **more)
-    elif site.kind in ("linear", "transposed", "embedding"):
-        weight = site.weight.detach()
-        grid = embedding_spec(weight, spec) if site.kind == "embedding" else spec
-        step.swap(site, codes(weight.t() if site.kind == "transposed" else weight, grid), **more)
-    else:
-        why = f"no packed layer for sites of kind {site.kind!r}"
+    elif why := unpackable(site):
         step.report.refuse(site.name, why, kind=site.kind, asked=spec.to_dict(), numel=site.numel)
+    else:
+        grid = embedding_spec(site.weight, spec) if site.kind == "embedding" else spec
+        step.swap(site, codes(site_matrix(site), grid), **more)
 
 
 def pack_outside(plan: Any, config: Any, report: Report, *, clip: str = "none") -> None:

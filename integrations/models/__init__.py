@@ -1,0 +1,1 @@
+"""Compact models that transformers lacks, as ``PreTrainedModel`` classes that save, load and take part in pipelines."""

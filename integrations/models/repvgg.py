@@ -1,0 +1,193 @@
+"""RepVGG (arXiv 2101.03697): three branches a block while it is trained, one convolution when it is deployed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+from hfq.errors import ConfigError
+
+__all__ = ["RepVGGBlock", "RepVGGConfig", "RepVGGForImageClassification", "register_config", "register_model"]
+
+
+class RepVGGConfig(PretrainedConfig):
+    """Sizes of a RepVGG.
+
+    Args:
+        num_channels: of the images.
+        hidden_sizes: channels of the stem and of each stage.
+        depths: blocks of each stage; the first one of a stage has ``strides`` of it.
+        strides: of the stem, then of the first block of each stage.
+        groups: of every convolution of 3 x 3 taps but the stem's.
+        deploy: the branches are merged.
+    """
+
+    model_type = "hfq_repvgg"
+
+    num_channels: int = 3
+    hidden_sizes: list[int] | tuple[int, ...] = (48, 48, 96, 192, 1280)
+    depths: list[int] | tuple[int, ...] = (2, 4, 14, 1)
+    strides: list[int] | tuple[int, ...] = (2, 2, 2, 2, 2)
+    groups: int = 1
+    deploy: bool = False
+
+    def __init__(
+        self, num_channels: int = 3, hidden_sizes: Any = (48, 48, 96, 192, 1280), depths: Any = (2, 4, 14, 1),
+        strides: Any = (2, 2, 2, 2, 2), groups: int = 1, deploy: bool = False, **kwargs: Any,
+    ) -> None:
+        self.num_channels, self.groups, self.deploy = num_channels, groups, deploy
+        self.hidden_sizes, self.depths, self.strides = list(hidden_sizes), list(depths), list(strides)
+        super().__init__(**kwargs)
+        if len(self.hidden_sizes) != len(self.depths) + 1 or len(self.strides) != len(self.hidden_sizes):
+            raise ConfigError(f"hidden_sizes={self.hidden_sizes} and strides={self.strides}: one number for the stem "
+                              f"and one for each of the {len(self.depths)} stages are needed")
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias and its batch normalisation."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x))
+
+
+class RepVGGBlock(nn.Module):
+    """``relu`` of a 3 x 3, a 1 x 1 and (where shapes allow it) an identity branch, added; or of one convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, groups: int = 1, deploy: bool = False) -> None:
+        super().__init__()
+        self.deploy = deploy
+        if deploy:
+            self.conv = nn.Conv2d(inputs, outputs, 3, stride, 1, groups=groups)
+            return
+        self.dense = ConvNorm(inputs, outputs, 3, stride, groups)
+        self.point = ConvNorm(inputs, outputs, 1, stride, groups)
+        self.skip = nn.BatchNorm2d(inputs) if inputs == outputs and stride == 1 else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.deploy:
+            return F.relu(self.conv(x))
+        y = self.dense(x) + self.point(x)
+        return F.relu(y if self.skip is None else y + self.skip(x))
+
+    @torch.no_grad()
+    def merged(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the one convolution that the branches add up to, summed in float64."""
+        like = self.dense.conv.weight
+        weight, bias = _fused(like, self.dense.norm)
+        point, shift = _fused(self.point.conv.weight, self.point.norm)
+        weight, bias = weight + F.pad(point, (1, 1, 1, 1)), bias + shift
+        if self.skip is not None:
+            each = like.shape[1]
+            identity = torch.zeros_like(like, dtype=torch.float64)
+            rows = torch.arange(like.shape[0], device=like.device)
+            identity[rows, rows % each, 1, 1] = 1
+            same, shift = _fused(identity, self.skip)
+            weight, bias = weight + same, bias + shift
+        return weight.to(like.dtype), bias.to(like.dtype)
+
+    def reparameterize(self) -> None:
+        """Put one convolution in the place of the branches. Doing it twice changes nothing."""
+        if self.deploy:
+            return
+        weight, bias = self.merged()
+        old = self.dense.conv
+        conv = nn.Conv2d(old.in_channels, old.out_channels, 3, old.stride, 1, groups=old.groups, device="meta")
+        conv.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
+        conv.bias = nn.Parameter(bias, requires_grad=old.weight.requires_grad)
+        self.conv = conv.train(self.training)
+        del self.dense, self.point, self.skip
+        self.deploy = True
+
+
+def _fused(weight: torch.Tensor, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """A convolution without bias and the normalisation after it as one, in float64."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    gain = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+    return weight.double() * gain.view(-1, 1, 1, 1), norm.bias.double() - norm.running_mean.double() * gain
+
+
+class RepVGGForImageClassification(PreTrainedModel):
+    """Stem, stages of blocks, mean over the image, linear classifier."""
+
+    config_class = RepVGGConfig
+    config: RepVGGConfig
+    base_model_prefix = "repvgg"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["RepVGGBlock"]
+
+    def __init__(self, config: RepVGGConfig) -> None:
+        super().__init__(config)
+        sizes, strides = config.hidden_sizes, config.strides
+        self.stem = RepVGGBlock(config.num_channels, sizes[0], strides[0], deploy=config.deploy)
+        stages = []
+        for inputs, outputs, depth, stride in zip(sizes, sizes[1:], config.depths, strides[1:], strict=False):
+            first = RepVGGBlock(inputs, outputs, stride, config.groups, config.deploy)
+            rest = (RepVGGBlock(outputs, outputs, 1, config.groups, config.deploy) for _ in range(depth - 1))
+            stages.append(nn.Sequential(first, *rest))
+        self.stages = nn.ModuleList(stages)
+        self.classifier = nn.Linear(sizes[-1], config.num_labels)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        from transformers import initialization as init
+
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.BatchNorm2d):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Images ``[B, num_channels, H, W]`` to logits ``[B, num_labels]``; with ``labels`` ``[B]`` also their loss."""
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}: [B, {self.config.num_channels}, H, W] is "
+                             "needed")
+        x = self.stem(pixel_values)
+        for stage in self.stages:
+            x = stage(x)
+        logits = self.classifier(x.mean((2, 3)))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        if return_dict is False:
+            return (logits,) if loss is None else (loss, logits)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+
+    def reparameterize(self) -> None:
+        """Merge the branches of every block; the config says so, and a saved model is built merged."""
+        for module in self.modules():
+            if isinstance(module, RepVGGBlock):
+                module.reparameterize()
+        self.config.deploy = True
+
+
+def register_config() -> None:
+    """Make ``AutoConfig`` know the model. Idempotent."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    AutoConfig.register(RepVGGConfig.model_type, RepVGGConfig, exist_ok=True)
+
+
+def register_model() -> None:
+    """Make ``AutoModelForImageClassification`` know the model. Idempotent."""
+    from transformers.models.auto.modeling_auto import AutoModelForImageClassification
+
+    register_config()
+    AutoModelForImageClassification.register(RepVGGConfig, RepVGGForImageClassification, exist_ok=True)
