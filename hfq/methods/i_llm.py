@@ -65,6 +65,12 @@ class ILLMConfig(HfqConfig):
     def check(self) -> None:
         if self.modules_to_not_convert:
             raise ConfigError("modules_to_not_convert: an integer-only model has no module that stays float")
+        if self.kv_cache is not None:
+            raise ConfigError("kv_cache: an integer-only model stores keys and values as its own integers: use kv_bits")
+        wrong = sorted({name for values in self.overrides.values() for name in values} - {"bits"})
+        if wrong:
+            raise ConfigError(f"overrides: {wrong[0]!r} of a single module: i_llm sets only bits there, its codes are "
+                              "symmetric with a scale an output channel")
 
     def spec_of(self, name: str, outer: bool) -> Any:
         """Grid of a matrix; embedding and head have bits of their own."""

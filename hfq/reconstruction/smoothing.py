@@ -40,13 +40,13 @@ class Learning:
     kv_bits: int = 8
     unit_bits: int = 8
 
-    @property
-    def options(self) -> Options:
+    def options(self, biased: bool = False) -> Options:
+        """What a block learns; where its norms have biases (``biased``) and something is learned, shifts as well."""
         place: Any = "vector" if self.epochs else "off"
         return Options(
-            norm="vector", value="vector", query=place, product="vector", gate=place, shift=False, alpha=self.alpha,
-            heads="first", clip=bool(self.epochs),
-        )
+            norm="vector", value="vector", query=place, product="vector", gate=place,
+            shift=bool(self.epochs) and biased, alpha=self.alpha, heads="first", clip=bool(self.epochs),
+        )  # fmt: skip
 
 
 @contextmanager
@@ -77,7 +77,8 @@ def smooth_block(
     Returns:
         Learned sizes of a code ``[N]`` by site; empty where nothing was learned.
     """
-    transform = BlockTransform(step, pairs, spec_for, learning.options, generator)
+    biased = block.norm1.bias is not None and block.norm2.bias is not None
+    transform = BlockTransform(step, pairs, spec_for, learning.options(biased), generator)
     for what, reason in transform.reasons.items():
         report.note(f"{what} is not scaled: {reason}")
     if learning.epochs:

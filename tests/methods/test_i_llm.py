@@ -32,6 +32,8 @@ from hfq.layers.integer import IntegerModule
 from hfq.layers.integer_decoder import IntegerDecoder
 from hfq.reconstruction import smoothing
 from hfq.reconstruction.integer import Packer
+from hfq.reconstruction.smoothing import Learning
+from hfq.reconstruction.transformed import BlockTransform
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128,
                          "max_position_embeddings": 64}
@@ -80,7 +82,7 @@ def test_smoothing_leaves_the_block_as_it_is() -> None:
     from hfq.calibration.data import normalise
     from hfq.calibration.walk import walk
     from hfq.methods.i_llm import _read
-    from hfq.reconstruction.smoothing import Learning, smooth_block
+    from hfq.reconstruction.smoothing import smooth_block
     from hfq.report import Report
 
     model, config = build(), config_of(bits=4, activation_bits=4, epochs=3)
@@ -103,6 +105,32 @@ def test_smoothing_leaves_the_block_as_it_is() -> None:
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         changed = getattr(model.model.layers[1].self_attn, name).weight
         assert (changed / old[f"model.layers.1.self_attn.{name}.weight"] - 1).abs().max() > 0.05
+
+
+@pytest.mark.must_hold("i_llm", 1)
+def test_shifts_are_learned_behind_norms_with_biases() -> None:
+    """Where norms have biases, they and the values learn a shift; the function stays, and the block comes closer."""
+    model, plain = build("opt"), build("opt")
+    freeze, moved = BlockTransform.freeze, list[float]()
+
+    def noted(self: BlockTransform) -> Any:
+        before = logits(model, ids(2))
+        shifts = [one.shift for one in self.maps if one.shift is not None]
+        assert len(shifts) == 3  # after both norms, and of the values
+        moved.append(min(float(shift.detach().abs().max()) for shift in shifts))
+        codes = freeze(self)
+        after = logits(model, ids(2))
+        # (queries, keys and values are on a grid of eight bits)
+        assert (after - before).norm() < 0.1 * before.norm()
+        return codes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockTransform, "freeze", noted)
+        hfq.quantize(model, config_of(epochs=2, bits=4), ids())
+    assert len(moved) == 2 and min(moved) > 0
+    wanted = logits(plain, ids(2))
+    assert (logits(model, ids(2)) - wanted).norm() < 0.5 * wanted.norm()
+    assert not Learning(epochs=0).options(True).shift and not Learning().options(False).shift
 
 
 class Floats(TorchDispatchMode):
