@@ -190,6 +190,10 @@ def _asked_sites(model: nn.Module, config: HfqConfig) -> _Asked:
             _ENVIRONMENT.untie(model, site.name)
     if not sites and config.bits != 16:
         raise ConfigError(f"{type(model).__name__} has no layer that {config.method} could quantize")
+    usual = type(config).__dataclass_fields__["activation_bits"].default
+    if not sites and config.activation_bits not in (16, usual):
+        raise ConfigError(f"activation_bits={config.activation_bits} and bits=16: only packed layers quantize their "
+                          "inputs: bits=8 leaves the weights nearly as they are")
     if sites and config.group_size > max(site.in_features for site in sites):
         widest = max(site.in_features for site in sites)
         raise ConfigError(f"group_size={config.group_size} fits no layer: the widest has {widest} inputs")
