@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hfq
 from hfq.errors import ConfigError
@@ -48,3 +50,17 @@ def test_typed_wrong(slug: str, options: dict[str, Any], words: tuple[str, ...])
     with pytest.raises(ConfigError) as error:
         hfq.HfqConfig(method=slug, **options)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("slug, options", [
+    ("affinequant", {"activation_bits": 4}), ("ostquant", {"activation_bits": 8}),
+    ("crossquant", {"activation_bits": 4}),
+    ("cbq", {"activation_bits": 8}),
+])  # fmt: skip
+def test_quantized_inputs_without_packed_layers_are_refused(slug: str, options: dict[str, Any]) -> None:
+    model = LlamaForCausalLM(LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+    ))  # fmt: skip
+    config = hfq.HfqConfig(method=slug, bits=16, progress=False, calibration_samples=2, calibration_seqlen=8, **options)
+    with pytest.raises(ConfigError, match=rf"activation_bits={options['activation_bits']} and bits=16.*bits=8"):
+        hfq.quantize(model, config, torch.randint(0, 64, (2, 8)))
