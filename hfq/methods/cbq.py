@@ -76,6 +76,9 @@ class CBQConfig(HfqConfig):
     def check(self) -> None:
         if self.overlap >= self.window:
             raise ConfigError(f"overlap={self.overlap}: less than window={self.window} is allowed")
+        if self.bits == 16 and self.attention_bits not in (None, 16):
+            raise ConfigError(f"attention_bits={self.attention_bits} and bits=16: queries, keys and "
+                              "values are quantized where weights are: bits=8 or less")
 
     @property
     def smooths(self) -> bool:
@@ -124,8 +127,8 @@ def quantize(model: Any, data: Any, config: CBQConfig, report: Report) -> None:
             curve = reconstruct.fit(
                 window, steps=config.steps, epochs=config.epochs, lr=functools.partial(_rate, config),
                 batch_size=config.batch_size, kl=config.kl, same_input=config.same_input,
-                penalty=functools.partial(sharpness, **course) if config.rounding != "nearest" else None,
-                penalty_weight=config.penalty, generator=generator(config.seed, window.index),
+                penalty=functools.partial(sharpness, **course), penalty_weight=config.penalty,
+                generator=generator(config.seed, window.index),
                 autocast=torch.bfloat16 if config.mixed_precision else None,
             )  # fmt: skip
             if curve:
@@ -157,8 +160,11 @@ def _attentions(model: Any, data: Any, config: CBQConfig, report: Report) -> dic
     from hfq.reconstruction.learners import head_widths
 
     found = head_widths(model, config.one_call(model, data))
-    if not found:
-        report.note("queries, keys and values stay float: no attention goes through transformers' attention interface")
+    why = "no attention goes through transformers' attention interface: its queries, keys and values stay float"
+    if not found and config.attention_bits is not None:
+        report.refuse("attention", f"{why} (attention_bits=16 says so)", kind="attention")
+    elif not found:
+        report.note(why)
     return found
 
 

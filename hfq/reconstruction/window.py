@@ -82,6 +82,8 @@ def fit(
         return []
     for factor in factors.values():
         factor.data = factor.data.to(device)
+    if not any(getattr(rounding, "weights", 0) for rounding in roundings.values()):
+        penalty = None  # nothing has a gate
     forward = forward_with(window, list(roundings))
     reference = _stored(window, same_input)
     names = list(factors)
