@@ -276,7 +276,8 @@ def copy(x: ActivationCodes, runtime: Runtime, bias: torch.Tensor | None, dtype:
 
 
 def _bytes(case: Case) -> bool:
-    return (exact_unsigned() or exact_in_steps()) and case.K * 255 * 128 < 2**31
+    # A matrix of one column has the strides of its transpose: `_int_mm` takes it for that, and reads past its end.
+    return case.K > 1 and (exact_unsigned() or exact_in_steps()) and case.K * 255 * 128 < 2**31
 
 
 def _wide(case: Case) -> bool:
@@ -300,8 +301,8 @@ def _copied(case: Case) -> bool:
 
 
 _EXACT = (
-    "torch's product of bytes is not exact on this CPU ({isa}), or sums over K={K} leave 32 bits, or scales in {sums} "
-    "groups do not fold into one sum: use group_scale='int', or one scale a channel"
+    "torch's product of bytes is not exact on this CPU ({isa}), or for K={K} (1, or sums leave 32 bits), or scales in "
+    "{sums} groups do not fold into one sum: use group_scale='int', or one scale a channel"
 )
 _FLOATS = "codes of more than 4 bits, and with memory='cached' all codes, are held as bytes"
 _LOW = (1, 2, 3, 4)

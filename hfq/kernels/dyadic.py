@@ -54,6 +54,8 @@ def integer_mm(a: Tensor, b: Tensor) -> Tensor:
         return torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
     if a.device.type != "cpu":
         return _device_mm(a, b)
+    if a.shape[1] == 1:  # `_int_mm` mistakes a matrix of one column for its transpose
+        return a.to(torch.int32) * b.to(torch.int32)
     if not _saturates():
         return torch._int_mm(a.contiguous(), b)
     if a.dtype == torch.int8:  # as unsigned, so that halves fit seven bits

@@ -85,6 +85,8 @@ def test_products_are_exact_at_the_extremes(kind: torch.dtype, monkeypatch: pyte
     exact = (a.long() @ b.long()).to(torch.int32)
     assert torch.equal(dyadic.integer_mm(a, b), exact)
     assert torch.equal(dyadic.integer_mm(a, b.t().contiguous().t()), exact)
+    one, row = a[:, :1].contiguous(), b[:1].t().contiguous().t()  # one column: strides that tell nothing
+    assert torch.equal(dyadic.integer_mm(one, row), (one.long() @ row.long()).to(torch.int32))
     monkeypatch.setattr(dyadic, "_saturates", lambda: True)  # what older processors do
     assert torch.equal(dyadic.integer_mm(a, b), exact)
     assert dyadic.integer_mm(a[:0], b).shape == (0, 9)

@@ -461,3 +461,16 @@ def test_siblings_share_codes_of_one_tensor_and_of_no_other(monkeypatch):
         kernels.linear_int(x, first, None, act)
         x.mul_(3)
         assert torch.equal(kernels.linear_int(x, first, None, act), fresh(x, first))
+
+
+@pytest.mark.parametrize("memory", ["compact", "cached"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_input_feature(bits, memory):
+    """torch's product of bytes gives what happened to lie in memory for matrices of one column."""
+    spec, act = QuantSpec(bits), ActivationSpec(8)
+    weight, x = packed(spec, k=1), torch.tensor([[3.0], [-1.0], [0.5], [0.0], [7.0]])
+    runtime = kernels.prepare(weight, dtype=torch.float32, memory=memory, activation=act)
+    with kernels.use(wnan="reference"):
+        want = kernels.linear_int(x, weight, None, act).double()
+    for _ in range(3):
+        assert distance(kernels.linear_int(x, runtime, None, act), want) <= 4e-3
