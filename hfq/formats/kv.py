@@ -320,8 +320,8 @@ def _grid(low: torch.Tensor, high: torch.Tensor, spec: SideSpec) -> tuple[torch.
         return low, high
     if spec.zero_point == "int":
         low, high = low.clamp(max=0), high.clamp(min=0)
-    steps = 2 if spec.table else spec.max_code
-    scale = ((high - low) / steps).clamp(SMALLEST_SCALE, _LARGEST).half()
+    reach = high - low  # times nothing added: a token with a NaN or an infinity gets a scale of NaN
+    scale = (reach / (2 if spec.table else spec.max_code)).clamp(SMALLEST_SCALE, _LARGEST).add(reach, alpha=0).half()
     if spec.zero_point == "int":
         return scale, (-low / scale.float()).round().clamp(0, spec.max_code).half()
     return scale, ((high + low) / 2 if spec.table else low).clamp(-_LARGEST, _LARGEST).half()

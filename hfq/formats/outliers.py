@@ -38,7 +38,8 @@ def differences(
     Args:
         outside: which slots are needed; ``None`` for all.
     """
-    value = flat(x - dense).gather(-1, index).clamp(-_LARGEST, _LARGEST)
+    value = flat(x - dense).gather(-1, index)
+    value = value.clamp(-_LARGEST, _LARGEST).add(value, alpha=0)  # an infinity becomes NaN, not a large number
     if outside is not None:
         value, index = torch.where(outside, value, 0.0), torch.where(outside, index, 0)
     channels = x.shape[1] * x.shape[3]

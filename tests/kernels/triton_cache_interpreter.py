@@ -194,6 +194,18 @@ def test_appending_gives_the_same_bytes(spec, tokens):
         assert torch.equal(tensor, other.blocks[0].tensors()[name]), name
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_has_no_scale(wrong):
+    k, _, _ = inputs(64)
+    for spec, tokens in ((SideSpec(4), 2), (SideSpec(2, zero_point="int"), 1), (SideSpec(2, "window", 32), 32)):
+        made, new = side(k[:, :, :32], spec, (64,)), k[:, :, 32:32 + tokens].clone()
+        new[0, 0, 0, 3] = wrong
+        cache.append(made.blocks[0], 32, new, spec, made.tables)
+        scale, exact = made.blocks[0].extra["scale"], kv.encode(new, spec, made.tables).scale
+        at = 32 if spec.axis == "token" else 1
+        assert torch.equal(scale[:, :, at:at + exact.shape[2]].isnan(), exact.isnan()) and exact.isnan().any()
+
+
 def test_what_is_appended_otherwise():
     for spec, tokens in ((SideSpec(4, group_size=0), 1), (SideSpec(2, axis="window", group_size=32), 8),
                          (SideSpec(4), 500), (SideSpec(16), 1), (SideSpec(4, axis="channel", outliers=0.1), 1)):

@@ -376,7 +376,9 @@ def append_kernel(
         if INT_ZERO:
             low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
         steps = tl.full(low.shape, 2.0 if TABLE else LEVELS, tl.float32)
-        half = tl.minimum(tl.maximum(tl.div_rn(high - low, steps), SMALLEST), 65504.0).to(tl.float16)
+        # Maxima skip NaN: a token with one, or with an infinity, gets a scale that is not a number.
+        fault = tl.sum(tl.where(ok, x * 0.0, 0.0), OVER)
+        half = (tl.minimum(tl.maximum(tl.div_rn(high - low, steps), SMALLEST), 65504.0) + fault).to(tl.float16)
         wide = half.to(tl.float32)
         if INT_ZERO:
             shift = tl.minimum(tl.maximum(_rounded(tl.div_rn(-low, wide)), 0.0), LEVELS)
