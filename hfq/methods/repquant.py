@@ -1,5 +1,5 @@
 """RepQuant (arXiv 2402.05628): quantizers that are rich while they are calibrated, and plain when they run. Channel
-grids of norm outputs become one grid, folded into the norm and its readers; softmax has powers of sqrt(2) as its grid."""
+grids of norm outputs become one grid, folded into norm and readers; the grid of the softmax has powers of sqrt(2)."""
 
 from __future__ import annotations
 
