@@ -126,8 +126,12 @@ def quantize(model: nn.Module, config: HfqConfig, data: Any = None) -> Report:
 
 
 def explain(model: nn.Module) -> dict[str, Any]:
-    """Which kernel serves each packed layer on its device, and why the others were passed over."""
-    return {name: model.get_submodule(name).explain() for name in _packed_names(model, "explain")}
+    """Which kernel serves each packed layer and each side of a quantized cache, and why others were passed over."""
+    from hfq.layers import kv_install, swap
+
+    caches = kv_install.explain(model)
+    names = list(swap.packed_modules(model)) if caches else _packed_names(model, "explain")
+    return {name: model.get_submodule(name).explain() for name in names} | caches
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

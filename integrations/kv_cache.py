@@ -6,6 +6,7 @@ replaced by one of :class:`QuantizedLayer`, whoever made the cache: ``generate``
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -42,7 +43,13 @@ class QuantizedLayer(CacheLayerMixin):
         super().__init__()
         assert part.cache is not None
         self.part, self.store = part, KVStore(part.cache, max_length, positions)
-        self.pending = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLayer:
+        """The tokens are copied; the part, which belongs to the model, is shared."""
+        clone = object.__new__(type(self))
+        memo |= {id(self): clone, id(self.part): self.part}
+        vars(clone).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return clone
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

@@ -63,6 +63,11 @@ def _attend(query: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor | None
     return None if wna16.available(query.device) else cache.attend(query, *args, **more)
 
 
+def _why_not(*what: Any) -> str:
+    old = torch.cuda.is_available() and wna16.available("cuda")
+    return cache.constraint(*what) or (_NEEDS if old else "")
+
+
 def _append(block: kv.Block, at: int, x: torch.Tensor, *args: Any) -> bool:
     return not wna16.available(x.device) and cache.append(block, at, x, *args)
 
@@ -73,3 +78,4 @@ def _quantize(kind: str, x: torch.Tensor, *args: Any, **before: Any) -> Activati
 
 any_producers.DEVICES["cuda"] = _quantize
 kv.FUSED["cuda"], kv.APPEND["cuda"] = _attend, _append
+kv.WHY_NOT["cuda"] = "triton", _why_not

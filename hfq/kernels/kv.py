@@ -17,12 +17,14 @@ from hfq.errors import KernelError
 from hfq.formats import bitpack, kv
 from hfq.formats.kv import Encoded, SideSpec, Tables
 from hfq.kernels import dispatch
+from hfq.kernels.cpu_integer import exact_unsigned
 from hfq.kernels.isa import isa
 from hfq.kernels.workspace import scratch
 
-__all__ = ["Block", "Rotary", "Side", "attend", "read", "write"]
+__all__ = ["Block", "Rotary", "Side", "attend", "explain", "read", "write"]
 
 TILE_BYTES = 1 << 21  # of one unpacked tile: what a core keeps near itself
+LONGEST_TILE = 1 << 16  # tokens: sums of 255 * 128 stay in 32 bits
 
 
 class Rotary(Protocol):
@@ -276,17 +278,18 @@ def _token_grid(block: Block, start: int, stop: int) -> tuple[torch.Tensor, torc
 def _tile(like: torch.Tensor, itemsize: int = 4) -> int:
     """Tokens of one tile for heads as those of ``like``."""
     batch, heads, _, width = like.shape
-    return max((TILE_BYTES if itemsize == 1 else TILE_BYTES // 2) // (batch * heads * width * itemsize) // 64 * 64, 64)
+    size = (TILE_BYTES if itemsize == 1 else TILE_BYTES // 2) // (batch * heads * width * itemsize)
+    return min(max(size // 64 * 64, 64), LONGEST_TILE)
 
 
 def _plain(case: dispatch.Case) -> bool:
-    return case.layout == "uniform" and case.isa in ("avx512", "amx") and case.M <= 64
+    return case.layout == "uniform" and case.isa in ("avx512", "amx") and case.M <= 64 and exact_unsigned()
 
 
 dispatch.add_rows([
     dispatch.Row("kv", "cpu", (), dispatch.ANY_BITS, "*", _plain, "int8",
                  "takes uniform codes with one scale a token or stored channel, read as they are, for up to 64 queries "
-                 "a head, on AVX512 or AMX"),
+                 "a head, on AVX512 or AMX with exact products of bytes"),
     dispatch.Row("kv", "*", (), (*dispatch.ANY_BITS, 16), "*", lambda case: True, "float", "serves every format"),
     dispatch.Row("kv", "*", (), (*dispatch.ANY_BITS, 16), "*", lambda case: True, "reference", "serves every format"),
 ])
@@ -295,6 +298,8 @@ _BACKENDS: dict[str, Any] = {"int8": _Int8, "float": _Float, "reference": _Refer
 # (or return False).
 FUSED: dict[str, Callable[..., torch.Tensor | None]] = {}
 APPEND: dict[str, Callable[..., bool]] = {}
+# Name of a device type's fused kernel, and ``(query, key, value, rotary)`` to why it cannot serve them (or empty).
+WHY_NOT: dict[str, tuple[str, Callable[..., str]]] = {}
 
 
 def append(side: Side, at: int, x: torch.Tensor) -> bool:
@@ -312,14 +317,44 @@ def append(side: Side, at: int, x: torch.Tensor) -> bool:
 
 def backend_of(side: Side, query: torch.Tensor, tokens: int, plain: bool = True) -> str:
     """Name of the backend that reads ``side`` for ``query`` ``[batch, heads, queries, head_dim]``."""
+    return dispatch.choose(_case(side, query.device.type, query, tokens, plain), "attention over the cache").backend
+
+
+def explain(
+    query: torch.Tensor, key: Side, value: Side, tokens: int, *, rotary: Rotary | None = None,
+    device: str | None = None,
+) -> dict[str, list[dispatch.Choice]]:
+    """For "key" and "value" every backend: the one that :func:`attend` takes, and why it takes no other.
+
+    Args:
+        query, key, value, tokens, rotary: as for :func:`attend`; blocks may be missing, ``query`` may be on "meta".
+        device: device type; default that of ``query``.
+    """
+    device = device or query.device.type
+    first: list[dispatch.Choice] = []
+    if device in WHY_NOT:
+        name, why_not = WHY_NOT[device]
+        why = f"{dispatch.forced()['kv']!r} is forced" if "kv" in (dispatch.forced() or {}) else ""  # type: ignore[index]
+        why = why or why_not(query, key, value, rotary)
+        first = [dispatch.Choice(name, not why, why or "attends to codes, floats and first tokens in one pass")]
+    found = {}
+    for name, side, plain in (("key", key, rotary is None), ("value", value, True)):
+        rows = dispatch.explain(_case(side, device, query, tokens, plain))
+        if first and first[0].chosen:
+            rows = [dispatch.Choice(row.backend, False, "could serve it; an earlier row wins") if row.chosen else row
+                    for row in rows]
+        found[name] = first + rows
+    return found
+
+
+def _case(side: Side, device: str, query: torch.Tensor, tokens: int, plain: bool) -> dispatch.Case:
     spec = side.spec
     whole = spec.axis == "channel" or (spec.axis == "token" and spec.group_size <= 0)
     layout = "uniform" if plain and whole and not spec.table and not spec.outliers and not spec.exact else "table"
-    wanted = dispatch.Case(
-        "kv", query.device.type, query.dtype, spec.bits, query.shape[2], tokens, query.shape[3], spec.group_size,
-        layout, isa=isa(),
+    return dispatch.Case(
+        "kv", device, query.dtype, spec.bits, query.shape[2], tokens, query.shape[3], spec.group_size, layout,
+        isa=isa(),
     )
-    return dispatch.choose(wanted, "attention over the cache").backend
 
 
 def attend(

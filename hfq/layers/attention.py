@@ -192,16 +192,26 @@ def _before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Note the positions that the module is called with, and make the cache that it is given one of its part."""
     _CALL.__dict__.clear()
     part = installed(module)
-    if part is None or part.cache is None:
+    if part is None:
         return
-    _CALL.pair = rotary.pair_of(args, kwargs)
+    routing.keep_route(module, part.label)
+    if part.cache is None:
+        return
+    _CALL.reads, _CALL.pair = True, rotary.pair_of(args, kwargs)
     for value in (*kwargs.values(), *args):
         if hasattr(value, "layers") and hasattr(value, "update"):
             routing.adopt(value, module, part)
 
 
 def stored(store: KVStore, key: torch.Tensor) -> None:
-    """Said by a cache when an attention module has handed ``key`` to it: what attends next is that module."""
+    """Said by a cache when an attention module has handed ``key`` to it: what attends next is that module.
+
+    Raises:
+        QuantizationError: the module does not read quantized caches, and would attend to the new tokens alone.
+    """
+    if not _CALL.__dict__.pop("reads", False):
+        raise QuantizationError(f"{store.quant.label}: a quantized cache was given to a model whose attention is not "
+                                "quantized: start a new cache with that model")
     _CALL.stored = (store, key)
 
 
@@ -223,8 +233,7 @@ def install(model: nn.Module, name: str, part: AttentionQuant) -> AttentionQuant
         raise QuantizationError(f"{name}: no config says which attention function {type(module).__name__} uses")
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
     part.label = name
-    if part.cache is not None:
-        module.register_forward_pre_hook(_before, with_kwargs=True)
+    module.register_forward_pre_hook(_before, with_kwargs=True)
     module.add_module(CHILD, part if device is None else part.to(device))
     routing.set_route(config, routing.route(config._attn_implementation))
     return part

@@ -16,7 +16,7 @@ from hfq.formats import kv as codec
 from hfq.formats.kv import KVFormat, Tables
 from hfq.layers.rotary import Pair, RotarySpec
 
-__all__ = ["CacheQuant", "empty_cache", "first_tokens", "is_sink", "unpadded"]
+__all__ = ["CacheQuant", "empty_cache", "first_tokens", "is_sink", "unpadded", "with_faults"]
 
 _SAME_WIDTH = {2: torch.int16, 4: torch.int32}
 _LEAVES = ("key_low", "key_high", "key_encode", "key_decode", "value_encode", "value_decode")
@@ -100,7 +100,8 @@ class CacheQuant(nn.Module):
         angles = self.angles(pair)
         keys = key if angles is None else self.rotary.undo(key, angles)  # type: ignore[union-attr]
         new = []
-        for x, spec, side in ((keys, form.key, "key"), (value, form.value, "value")):
+        values = with_faults(key, value, form)
+        for x, spec, side in ((keys, form.key, "key"), (values, form.value, "value")):
             new.append(codec.fake(unpadded(x, start, 0, spec), spec, self.tables(side)))
         if angles is not None:
             new[0] = self.rotary.turn(new[0], angles, 1)  # type: ignore[union-attr]
@@ -153,7 +154,10 @@ class CacheQuant(nn.Module):
         """Whether tokens that one of the two stored can be read by the other."""
         if self is other:
             return True
-        if self.describe() != other.describe() or self.exact != other.exact:
+        mine, theirs = self.describe(), other.describe()
+        if not (self.heads and other.heads):  # not counted yet by one of them
+            mine["heads"] = theirs["heads"] = 0
+        if mine != theirs or self.exact != other.exact:
             return False
         pairs = [(self._parameters[name], other._parameters[name]) for name in self._shapes()]
         return all(torch.equal(a, b.to(a.device)) for a, b in pairs)  # type: ignore[union-attr]
@@ -202,6 +206,13 @@ def is_sink(start: torch.Tensor, first: int, tokens: int, sink: int) -> torch.Te
     """Which tokens from ``first`` on are among the first ``sink`` of their sequence, ``[batch, tokens]``."""
     at = torch.arange(first, first + tokens, device=start.device)[None] - start[:, None]
     return (at >= 0) & (at < sink)
+
+
+def with_faults(key: torch.Tensor, value: torch.Tensor, form: KVFormat) -> torch.Tensor:
+    """Values that are NaN where a key of the token and head is not finite: codes of stored ranges cannot say so."""
+    if form.key.exact or form.key.dynamic:
+        return value
+    return value + (key * 0).sum(-1, keepdim=True).to(value.dtype)
 
 
 def unpadded(x: torch.Tensor, start: torch.Tensor | None, first: int, spec: codec.SideSpec) -> torch.Tensor:

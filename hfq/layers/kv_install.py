@@ -11,13 +11,15 @@ from torch import nn
 
 from hfq.errors import ConfigError, QuantizationError
 from hfq.formats.kv import KVFormat, SideSpec
+from hfq.kernels import Choice
 from hfq.layers import attention, rotary
 from hfq.layers.attention import AttentionQuant
 from hfq.layers.kv_cache import CacheQuant
+from hfq.layers.kv_store import KVStore
 from hfq.layers.rotary import RotarySpec
 from hfq.report import Report, Row
 
-__all__ = ["Place", "add", "places", "uniform"]
+__all__ = ["Place", "add", "explain", "places", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,21 @@ def uniform(model: nn.Module, call: Callable[[], Any], bits: int, report: Report
     form = KVFormat(SideSpec(bits), SideSpec(bits))
     for place in places(model, call):
         add(model, place, form, report)
+
+
+def explain(model: nn.Module, M: int = 1, device: str | None = None) -> dict[str, list[Choice]]:
+    """Which kernel reads the keys, and the values, of each quantized cache of ``model``, and why no other does.
+
+    Args:
+        M: queries of one key head: query heads that share it, times the tokens computed at once.
+        device: device type; default that of the attention module. "cuda" means an NVIDIA GPU with Triton, whether there
+            is one here or not.
+    """
+    found = {}
+    for name, part in attention.parts(model).items():
+        if part.cache is None:
+            continue
+        here = next((p.device.type for p in model.get_submodule(name).parameters()), "cpu")
+        for side, choices in KVStore(part.cache).explain(M, device=device or here).items():
+            found[f"{name}.{attention.CHILD}.{side}"] = choices
+    return found

@@ -6,16 +6,19 @@ makes floats of more than a tile of tokens.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from hfq.errors import QuantizationError
 from hfq.formats import kv as codec
 from hfq.formats.kv import KVFormat
+from hfq.kernels import Choice
 from hfq.kernels import kv as kernels
-from hfq.layers.kv_cache import CacheQuant, first_tokens, is_sink, unpadded
+from hfq.layers.kv_cache import CacheQuant, first_tokens, is_sink, unpadded, with_faults
 from hfq.layers.rotary import Pair, Positions
 
 __all__ = ["KVStore"]
@@ -52,6 +55,13 @@ class KVStore:
         self.positions: Positions | None = None
         if said:
             self.shared.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVStore:
+        """The tokens are copied; the format, which belongs to the model, is shared."""
+        clone = object.__new__(type(self))
+        memo |= {id(self): clone, id(self.quant): self.quant}
+        vars(clone).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return clone
 
     # Filling
 
@@ -125,6 +135,7 @@ class KVStore:
     def _store(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Encode tokens that follow those in the blocks."""
         tokens, first = key.shape[2], self.stored
+        value = with_faults(key, value, self.form)
         if self.positions is not None:
             angles = self.positions.range(first, first + tokens)
             key = self.quant.rotary.undo(key, angles)  # type: ignore[union-attr]
@@ -221,6 +232,12 @@ class KVStore:
         at = self.start[:, None] + torch.arange(self.form.sink, device=self.start.device)
         return (*self.sink, at)
 
+    def explain(self, M: int = 1, tokens: int = 8192, device: str | None = None) -> dict[str, list[Choice]]:
+        """For "key" and "value" every backend of :func:`hfq.kernels.kv.attend` for ``M`` queries of a key head."""
+        query = torch.empty(1, self.quant.heads or 1, M, self.quant.head_dim, device="meta")
+        rotary = None if self.quant.rotary is None else self
+        return kernels.explain(query, self.sides["key"], self.sides["value"], tokens, rotary=rotary, device=device)
+
     # Cutting and reordering
 
     def crop(self, length: int) -> None:
@@ -278,14 +295,15 @@ class KVStore:
         if not self.length:
             return
         self.turns += 1
-        for side in self.sides.values():
-            for block in side.blocks:
-                block.packed = what(block.packed)
-                block.extra = {name: what(tensor) for name, tensor in block.extra.items()}
-        self.recent = None if self.recent is None else tuple(map(what, self.recent))  # type: ignore[assignment]
-        self.sink = None if self.sink is None else tuple(map(what, self.sink))  # type: ignore[assignment]
-        self.start = what(self.start)  # type: ignore[arg-type]
-        self._changed(what, None)
+        with torch.inference_mode(False), torch.no_grad():  # later tokens may come outside of inference mode
+            for side in self.sides.values():
+                for block in side.blocks:
+                    block.packed = what(block.packed)
+                    block.extra = {name: what(tensor) for name, tensor in block.extra.items()}
+            self.recent = None if self.recent is None else tuple(map(what, self.recent))  # type: ignore[assignment]
+            self.sink = None if self.sink is None else tuple(map(what, self.sink))  # type: ignore[assignment]
+            self.start = what(self.start)  # type: ignore[arg-type]
+            self._changed(what, None)
 
     def _changed(self, what: Callable[[torch.Tensor], torch.Tensor] | None, length: int | None) -> None:
         if self.positions is not None:

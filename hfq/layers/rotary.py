@@ -134,7 +134,8 @@ class Positions:
             count = min(room, new[0].shape[1] - at)
             block = self.blocks[-1]
             if block[0].shape[0] < rows:
-                block[:] = [t.expand(rows, -1, -1).clone() for t in block]
+                with torch.inference_mode(False):
+                    block[:] = [t.expand(rows, -1, -1).clone() for t in block]
             offset = start - sum(b[0].shape[1] for b in self.blocks[:-1])
             for target, source in zip(block, new, strict=True):
                 target[:, offset:offset + count] = source[:, at:at + count]

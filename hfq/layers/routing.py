@@ -19,8 +19,8 @@ from torch import nn
 from hfq.errors import QuantizationError
 
 __all__ = [
-    "DEFAULT_ROUTE", "ROUTES", "adopt", "back", "check_registered", "config_of", "eager_function", "find", "observing",
-    "routable", "route", "set_route", "watch",
+    "DEFAULT_ROUTE", "ROUTES", "adopt", "back", "check_registered", "config_of", "eager_function", "find", "keep_route",
+    "observing", "routable", "route", "set_route", "watch",
 ]  # fmt: skip
 
 # Attention functions of the host library by name, and the names under which they are routed through `attend`.
@@ -101,6 +101,25 @@ def route(name: Any) -> Any:
     if name is None or name in (DEFAULT_ROUTE, *ROUTES.values()):
         return name
     return ROUTES.get(name, DEFAULT_ROUTE)
+
+
+def keep_route(module: nn.Module, label: str) -> None:
+    """Send ``module`` through ``attend`` again if somebody has chosen another attention function since.
+
+    Called before the module runs, but after its masks were made: only functions with masks of the same form can be
+    replaced.
+
+    Raises:
+        QuantizationError: the function takes other masks. Without the route it would see the newest tokens alone.
+    """
+    config = getattr(module, "config", None)
+    name = getattr(config, "_attn_implementation", None)
+    if config is None or name in (DEFAULT_ROUTE, *ROUTES.values()):
+        return
+    if name not in (None, "sdpa", *ROUTES):
+        raise QuantizationError(f"{label}: its attention was set to {name!r}; quantized attention computes with 'sdpa' "
+                                "or 'eager': model.set_attn_implementation('sdpa')")
+    set_route(config, route(name) or DEFAULT_ROUTE)
 
 
 def check_registered() -> None:

@@ -26,20 +26,22 @@ def explain(
     """
     from hfq.integrations import measure
     from hfq.kernels import explain as explain_kernel
-    from hfq.layers import swap
+    from hfq.layers import kv_install, swap
 
     loaded = measure.load_model(model)
-    packed = swap.packed_modules(loaded)
-    if not packed:
+    packed, caches = swap.packed_modules(loaded), kv_install.explain(loaded, rows)
+    if not packed and not caches:
         raise ConfigError(f"{model} has no packed layers: there is nothing to explain")
     if module:
-        if module not in packed:
+        if module not in packed and module not in caches:
             from hfq.fields import did_you_mean
 
-            raise ConfigError(f"{model} has no packed module {module!r}{did_you_mean(module, list(packed)[:20])}")
-        lines = explain_kernel(packed[module], rows)
-        screen.table(["", "backend", "reason"], [["→" if c.chosen else "", c.backend, c.reason] for c in lines],
-                     title=f"{module}, {rows} rows")
+            known = [*list(packed)[:20], *list(caches)[:4]]
+            raise ConfigError(f"{model} has no packed module {module!r}{did_you_mean(module, known)}")
+        lines = explain_kernel(packed[module], rows) if module in packed else caches[module]
+        _backends(f"{module}, {rows} rows", lines)
+        if module in caches:
+            _backends("on an NVIDIA GPU", kv_install.explain(loaded, rows, "cuda")[module])
         return
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     report = getattr(loaded, "hfq_report", None)
@@ -49,14 +51,41 @@ def explain(
         bits = f"{row.bits:.3f}" if row is not None and row.bits else "–"
         shape = "×".join(str(getattr(layer, side, "?")) for side in ("out_features", "in_features"))
         groups[type(layer).__name__, shape, bits, chosen.backend if chosen else "–"].append(name)
-    screen.table(
-        ["modules", "layer", "shape", "bits per weight", "kernel", "first"],
-        [[str(len(names)), *key, names[0]] for key, names in groups.items()],
-        title=f"{model}, {rows} rows", numbers=[0, 3],
-    )
+    if groups:
+        screen.table(
+            ["modules", "layer", "shape", "bits per weight", "kernel", "first"],
+            [[str(len(names)), *key, names[0]] for key, names in groups.items()],
+            title=f"{model}, {rows} rows", numbers=[0, 3],
+        )
+    _caches(loaded, caches, rows)
     for row in report or ():
         if row.status != "packed":
             screen.say(f"{row.module}: {row.status}, {row.reason}")
+
+
+def _backends(title: str, lines: Any) -> None:
+    rows = [["→" if c.chosen else "", c.backend, c.reason] for c in lines]
+    screen.table(["", "backend", "reason"], rows, title=title)
+
+
+def _caches(model: Any, here: dict[str, Any], rows: int) -> None:
+    """One line for all caches of a kind."""
+    from hfq.layers import attention, kv_install
+
+    there = kv_install.explain(model, rows, "cuda")
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name, lines in here.items():
+        place, side = name.rsplit(".", 1)
+        cache = attention.installed(model.get_submodule(place.rsplit(".", 1)[0])).cache
+        bits = getattr(cache.form, side).bits_per_element(cache.heads or 1, cache.head_dim)
+        used, gpu = (next(c.backend for c in found if c.chosen) for found in (lines, there[name]))
+        groups[side, f"{cache.heads or '?'}×{cache.head_dim}", f"{bits:.3f}", used, gpu].append(name)
+    if groups:
+        screen.table(
+            ["caches", "of", "heads", "bits per number", "kernel", "on an NVIDIA GPU", "first"],
+            [[str(len(names)), *key, names[0]] for key, names in groups.items()],
+            title=f"key-value cache, {rows} queries a head", numbers=[0, 3],
+        )
 
 
 def register(app: Any) -> None:

@@ -110,6 +110,141 @@ def test_assisted_generation_cuts_the_cache_back() -> None:
     assert torch.equal(model.generate(IDS[:1], **one), model.generate(IDS[:1], assistant_model=helper, **one))
 
 
+FORMATS = {
+    "uniform": {"kv_bits": 4},
+    "codebook": {"kv_bits": 16, "kv_cache": {"kv_bits": 4, "prefill": "quantized"}},
+    "windows": {"kv_bits": 16, "kv_cache": {"kv_bits": 4, "key_axis": "window", "datatype": "int", "outliers": 0.0,
+                                           "window": 4, "residual": 8}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_ways_to_generate(name: str) -> None:
+    """A cache goes on where another call ended, is copied, cut back, spread over beams, and read with padding."""
+    model = quantized(**FORMATS[name])
+    one = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+
+    def chat(copied: bool) -> torch.Tensor:
+        result = generated(model)
+        cache = copy.deepcopy(result.past_key_values) if copied else result.past_key_values
+        more = torch.cat([result.sequences, IDS[:, :3]], 1)
+        answer = model.generate(more, past_key_values=cache, **one)
+        assert cache.get_seq_length() == answer.shape[1] - 1
+        return answer
+
+    assert torch.equal(chat(False), chat(True))
+    with attention.exact(model):
+        answer = chat(False)
+        assert torch.equal(answer, model.generate(answer[:, :21], **one))
+    wanted = model.generate(IDS[:1], **one)
+    assert torch.equal(model.generate(IDS[:1], prompt_lookup_num_tokens=3, **one), wanted)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :4] = 0
+    padded = {"attention_mask": mask, "num_beams": 3, **one}
+    with attention.exact(model):
+        exact = model.generate(IDS, **padded)
+    with attention.without(model):
+        assert torch.equal(exact, model.generate(IDS, **padded))
+    if name != "windows":  # where a window begins depends on the padding
+        alone = model.generate(IDS[:1, 4:], num_beams=3, **one)
+        assert torch.equal(model.generate(IDS, **padded)[0, 12:], alone[0, 8:])
+    static = StaticCache(config=model.config, max_cache_len=17)
+    for _ in range(2):
+        assert torch.equal(model.generate(IDS[:1], past_key_values=static, **one), wanted)
+        static.reset()
+    assert model.generate(IDS, num_return_sequences=3, **{**one, "do_sample": True}).shape == (6, 17)
+
+
+def test_copies_of_a_cache_share_the_format() -> None:
+    model = quantized(**FORMATS["codebook"])
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+        again = copy.deepcopy(cache)
+        answers = [model(IDS[:, :3], past_key_values=one).logits for one in (again, cache)]
+    assert torch.equal(*answers)
+    first, second = again.layers[0].store, again.layers[1].store
+    assert first.quant is cache.layers[0].store.quant and first.positions is second.positions
+    assert first.positions is not cache.layers[0].store.positions
+    assert not {t.data_ptr() for t in first.tensors()} & {t.data_ptr() for t in cache.layers[0].store.tensors()}
+    copied = copy.deepcopy(model).model.layers[0].self_attn.hfq_attention
+    assert copied.kv is not cache.layers[0].store.quant and copied.kv.same_as(cache.layers[0].store.quant)
+
+
+def test_another_attention_function_does_not_bypass_the_cache() -> None:
+    """Only the routed function reads what was stored: any other one would see the newest token alone."""
+    for options in FORMATS.values():
+        model = quantized(**options)
+        wanted = generated(model).sequences
+        for name, routed in (("sdpa", "hfq"), ("eager", "hfq_eager")):
+            model.set_attn_implementation(name)
+            assert torch.equal(generated(model).sequences, wanted) and model.config._attn_implementation == routed
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(QuantizationError, match="set to 'flash_attention_2'.*'sdpa'"):
+        logits(model)
+
+
+def test_inference_mode_may_end_while_the_cache_lives() -> None:
+    model = quantized(**FORMATS["codebook"])
+    with torch.inference_mode():
+        cache = model(IDS, use_cache=True).past_key_values
+        cache.reorder_cache(torch.tensor([1, 0]))
+    with torch.no_grad():  # positions that differ between the rows now
+        places = torch.tensor([[12, 13], [3, 4]])
+        found = model(IDS[:, :2], past_key_values=cache, position_ids=places).logits
+        same = model(IDS.flip(0), use_cache=True).past_key_values
+        assert torch.allclose(found, model(IDS[:, :2], past_key_values=same, position_ids=places).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bytes_at_two_thousand_tokens(name: str) -> None:
+    torch.manual_seed(0)
+    model = quantized(llama(head_dim=16, max_position_embeddings=4096), **FORMATS[name])
+    ids = torch.randint(0, 99, (1, 2051))
+    with torch.no_grad():
+        cache = model(ids[:, :2048], use_cache=True).past_key_values
+        whole = [(2048, kv_cache.nbytes(cache))]
+        cache.layers[0].store.crop(2045)
+        cache.layers[1].store.crop(2045)
+        model(ids[:, :3], past_key_values=cache)
+        whole.append((2048, kv_cache.nbytes(cache)))
+    parts = [part.cache for part in attention.parts(model).values()]
+    for tokens, found in whole:
+        wanted = sum(part.nbytes_of(1, tokens) for part in parts)
+        shared = 0 if parts[0].rotary is None else tokens * parts[0].rotary.size * 4  # positions, once for both layers
+        assert found == pytest.approx(wanted - shared, rel=0.05)
+        assert found < 0.4 * 2 * 2 * tokens * 2 * 16 * 4
+
+
+def test_what_reads_the_cache_is_explained(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from hfq.integrations.cli.app import app
+    from hfq.layers import kv_install
+
+    wide = llama(head_dim=32, attention_bias=False)
+    model = quantized(wide, **FORMATS["codebook"])
+    table = hfq.explain(model)  # a model with nothing but caches
+    names = [f"model.layers.{i}.self_attn.hfq_attention.{side}" for i in range(2) for side in ("key", "value")]
+    assert list(table) == names
+    chosen = {name: [c.backend for c in lines if c.chosen] for name, lines in table.items()}
+    assert set(map(tuple, chosen.values())) == {("float",)}
+    there = kv_install.explain(model, device="cuda")
+    assert all([c.backend for c in lines if c.chosen] == ["triton"] for lines in there.values())
+    many = kv_install.explain(model, 100, device="cuda")[names[0]]
+    assert many[0].backend == "triton" and "at most" in many[0].reason and not many[0].chosen
+    model.save_pretrained(tmp_path)
+    shown = CliRunner().invoke(app, ["explain", str(tmp_path)], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert shown.exit_code == 0 and "triton" in shown.output and "2×32" in shown.output, shown.output
+    shown = CliRunner().invoke(app, ["explain", str(tmp_path), "--module", names[0]], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0 and "uniform codes" in shown.output and "one pass" in shown.output, shown.output
+    packed = quantized(bits=4, kv_bits=3)
+    table = hfq.explain(packed)
+    assert "model.layers.0.mlp.up_proj" in table and names[0] in table
+    assert any(c.chosen for c in table[names[0]])
+    with pytest.raises(ConfigError, match="nothing to explain"):
+        hfq.explain(llama())
+
+
 def test_sliding_windows_are_cut_by_the_mask() -> None:
     torch.manual_seed(0)
     config = transformers.MistralConfig(
@@ -232,6 +367,14 @@ def test_other_caches_are_refused() -> None:
             model(IDS[:, :1], past_key_values=plain)
         same = quantized()(IDS, use_cache=True).past_key_values  # an equal config may go on
         model(IDS[:, :1], past_key_values=same)
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+        floats = hfq.dequantize(copy.deepcopy(model))
+        for other in (llama().eval(), floats):  # would attend to the newest token alone
+            with pytest.raises(QuantizationError, match="attention is not quantized"):
+                other(IDS[:, :1], past_key_values=cache)
+        with attention.without(model), pytest.raises(QuantizationError, match="attention is not quantized"):
+            model(IDS[:, :1], past_key_values=cache)
     fitted = [quantized(kv_bits=16, kv_cache={"kv_bits": 3, "outliers": share}) for share in (0.0, 0.05)]
     with torch.no_grad(), pytest.raises(ConfigError, match="another quantization config"):
         fitted[0](IDS[:, :1], past_key_values=fitted[1](IDS, use_cache=True).past_key_values)
@@ -244,6 +387,9 @@ def test_a_changed_cache_or_gradients_are_refused() -> None:
         model(IDS[:, :1], past_key_values=cache)
     model(IDS, labels=IDS).loss.backward()
     assert model.model.layers[0].self_attn.k_proj.weight.grad.norm() > 0
+    for name in ("offloaded", "offloaded_static"):
+        with pytest.raises(ConfigError, match="offload"):
+            generated(model, cache_implementation=name)
     elsewhere = DynamicCache()
     elsewhere.offloading = True
     with pytest.raises(ConfigError, match="offload"):

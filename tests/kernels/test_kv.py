@@ -150,6 +150,30 @@ def test_uniform_codes_are_read_by_integer_products(name: str) -> None:
     assert 0 < error < 5e-4
 
 
+@pytest.mark.skipif(not INT8, reason="integer products need AVX512")
+def test_sums_of_long_tiles_fit() -> None:
+    """Equal weights and largest codes over more tokens than 32 bits hold sums of."""
+    tokens, spec = 70_016, SideSpec(8)
+    value = torch.full((1, 1, tokens, 8), 3.0)
+    value[..., 0] = -1.0
+    values = side(spec, value, [])
+    assert kv.backend_of(values, value[:, :, :1], tokens) == "int8"
+    out = torch.zeros(1, 1, 1, 8)
+    kv._Int8.mix(torch.full((1, 1, 1, tokens), 1 / tokens), values, tokens, out)
+    assert torch.allclose(out, value[:, :, :1], rtol=1e-2)
+
+
+def test_saturating_products_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv, "exact_unsigned", lambda: False)
+    kernels.dispatch._choose.cache_clear()
+    try:
+        key = random(1, 2, 64, 10)
+        assert kv.backend_of(side(SideSpec(4), key, []), key[:, :, :1], 64) == "float"
+    finally:
+        monkeypatch.undo()
+        kernels.dispatch._choose.cache_clear()
+
+
 def test_other_codes_say_why_they_are_not() -> None:
     key, query = random(1, 2, 64, 10), random(1, 2, 1, 10)
     for spec in (SideSpec(4, group_size=5), SideSpec(4, "window", 8), SideSpec(3, "channel", table=True)):

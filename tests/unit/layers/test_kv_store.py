@@ -201,6 +201,8 @@ def test_memory_is_that_of_the_formula(name: str) -> None:
     assert whole.nbytes == pytest.approx(cache.nbytes_of(1, 2048), rel=0.05)
     if not FORMS[name].key.exact:
         assert whole.nbytes < 0.75 * (key.nbytes + value.nbytes)
+    feed(whole, random(1, HEADS, 8193, WIDTH), random(1, HEADS, 8193, WIDTH, seed=1), [6144, 1])  # a block just begun
+    assert whole.nbytes == pytest.approx(cache.nbytes_of(1, 8193), rel=0.05)
 
 
 class Largest(TorchDispatchMode):
@@ -241,6 +243,7 @@ def test_a_store_of_a_given_length_refuses_more() -> None:
     assert [t.data_ptr() for t in store.tensors()] == allocated
     with pytest.raises(QuantizationError, match="allocated for 20 tokens, 21"):
         feed(store, key, key, [1])
+    assert store.length == 20 and [t.data_ptr() for t in store.tensors()] == allocated  # as before the refusal
     with pytest.raises(QuantizationError, match="holds 1 sequences, 2"):
         store.append(key[:, :, :1].expand(2, -1, -1, -1), key[:, :, :1].expand(2, -1, -1, -1))
     with pytest.raises(QuantizationError, match="mask over 5"):
@@ -270,6 +273,23 @@ def test_constants_make_no_nan() -> None:
             assert torch.isfinite(keys).all() and (values - x).abs().max() <= 2e-3, name
             if constant == 2.0:
                 assert (keys - x).abs().max() <= 2e-3, name
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", FORMS)
+def test_what_is_not_finite_stays_so(name: str, wrong: float) -> None:
+    """An exact cache would give NaN; one number that looks like any other would be worse."""
+    for side in range(2):
+        pair = [random(1, HEADS, 32, WIDTH), random(1, HEADS, 32, WIDTH, seed=1)]
+        pair[side][0, 0, 20, 5] = wrong
+        store = KVStore(quant(FORMS[name]))
+        feed(store, *pair, [16, 16])
+        found = store.attend(random(1, 4, 1, WIDTH, seed=2), None, scaling=0.3)
+        assert not torch.isfinite(found[:, :, :2]).all(), "heads that read it"
+        if FORMS[name].key.axis == "token" and FORMS[name].key.group_size == -1:
+            assert torch.isfinite(found[:, :, 2:]).all(), "the other key head's"
+        keys, values = quant(FORMS[name]).fake(*pair, angles(32))
+        assert not (torch.isfinite(keys[0, 0, 20]).all() and torch.isfinite(values[0, 0, 20]).all())
 
 
 def test_half_precision_models() -> None:
