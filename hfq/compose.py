@@ -16,7 +16,7 @@ __all__ = ["ComposedConfig", "carried"]
 # What the backend does not take from the config around it.
 _OWN = ("quant_method", "method", "overrides", "allow_partial", "dequantize", "kv_cache", "kv_bits")
 # What a carried cache takes from the config around it.
-_SHARED = frozenset({"seed", "progress"})
+_SHARED = frozenset({"seed", "progress", "work_dir"})
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

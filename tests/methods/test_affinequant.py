@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from hfq.calibration.walk import walk
 from hfq.errors import ConfigError, QuantizationError
 from hfq.formats import QuantSpec, affine
 from hfq.graph.pairs import discover
+from hfq.graph.proof import double_precision
 from hfq.layers.attached import CHILD, OutputAffine
 from hfq.layers.packed import PackedModule
 from hfq.methods.affinequant import AffineQuantConfig
@@ -103,12 +105,15 @@ def randomise(transform: BlockTransform, seed: int = 3) -> None:
 def moved(kind: str, options: Options, dtype: torch.dtype = torch.float32) -> float:
     """Relative change of the logits by random transforms of every block, nothing rounded."""
     model = tiny(kind).to(dtype)
-    before = logits(model)
+    exact = double_precision if dtype == torch.float64 else nullcontext  # norms and angles go through float32 elsewhere
+    with exact():
+        before = logits(model)
     for _, transform in transforms(model, options):
         assert transform.maps
         randomise(transform)
         transform.freeze()
-    return float((logits(model) - before).norm() / before.norm())
+    with exact():
+        return float((logits(model) - before).norm() / before.norm())
 
 
 WEIGHTS, BOTH = AffineQuantConfig(), AffineQuantConfig(activation_bits=4)
@@ -122,9 +127,11 @@ def test_random_transforms_leave_the_model_as_it_is(kind: str, config: AffineQua
 
 
 @pytest.mark.must_hold("affinequant", 1)
-@pytest.mark.parametrize("kind", ["opt", "gpt2"])
-def test_in_float64_up_to_its_rounding(kind: str) -> None:
-    assert moved(kind, BOTH.options, torch.float64) < 1e-9
+@pytest.mark.parametrize("kind, config", [("llama", WEIGHTS), ("opt", WEIGHTS), ("gpt2", WEIGHTS), ("opt", BOTH),
+                                          ("gpt2", BOTH)])  # fmt: skip
+def test_in_float64_up_to_its_rounding(kind: str, config: AffineQuantConfig) -> None:
+    # (scales behind a norm without bias divide its shift, which is then stored in float32: not here)
+    assert moved(kind, config.options, torch.float64) < 1e-9
 
 
 @pytest.mark.must_hold("affinequant", 2)

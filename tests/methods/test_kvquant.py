@@ -390,8 +390,18 @@ def test_same_seed_same_numbers() -> None:
     assert sum(name.endswith("key_encode") for name in one) == 2
 
 
-def test_stopped_and_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = quantized()
+@pytest.mark.parametrize("carried", [False, True])
+def test_stopped_and_resumed_is_uninterrupted(
+    carried: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(kv_bits: int = 4, **more: Any) -> Any:
+        if not carried:
+            return quantized(kv_bits=kv_bits, **more)
+        model = tiny()
+        hfq.quantize(model, hfq.RTNConfig(bits=8, kv_cache={"kv_bits": kv_bits}, **COMMON, **more), ids())
+        return model
+
+    whole = made()
     seen: list[str] = []
 
     def stop(found: Any, place: Any, *args: Any, fit: Any = method.fit) -> Any:
@@ -403,17 +413,17 @@ def test_stopped_and_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(method, "fit", stop)
         with pytest.raises(KeyboardInterrupt):
-            quantized(work_dir=tmp_path)
+            made(work_dir=tmp_path)
     seen.clear()
     monkeypatch.setattr(method, "fit", lambda *args, fit=method.fit: seen.append(args[1].name) or fit(*args))
-    model = quantized(work_dir=tmp_path)
+    model = made(work_dir=tmp_path)
     assert seen == ["model.layers.1.self_attn"]
     ours, theirs = model.state_dict(), whole.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     rows, wanted = model.hfq_report.rows, whole.hfq_report.rows
     assert rows == wanted and torch.equal(logits(model, ids(2)), logits(whole, ids(2)))
     with pytest.raises(CheckpointError, match=r"kv_bits differ.*delete the folder"):
-        quantized(work_dir=tmp_path, kv_bits=2)
+        made(work_dir=tmp_path, kv_bits=2)
 
 
 def test_padding_and_first_tokens_are_left_out() -> None:
