@@ -1,0 +1,183 @@
+"""What every method for vision transformers owes its users, one row a method and a form of its options."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import hfq
+from hfq import kernels
+from hfq.calibration.step import Step
+from hfq.errors import ConfigError
+from hfq.layers import attention, swap
+from hfq.layers.packed import PackedModule
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with options that make it quick on a toy model; ``base`` are those of what it has to beat."""
+
+    slug: str
+    options: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=lambda: {"method": "rtn"})
+
+
+QUICK = {"coarse": 6, "clip_search_steps": 24, "noise_steps": 12, "mean_steps": 6, "search_rows": 128}
+ROWS = {
+    row.slug: row
+    for row in (
+        Row("rtn", {"observer": "percentile"}),
+        Row("gptq", {"observer": "percentile"}),
+        Row("repquant", {"clip_steps": 10}),
+        Row("noisyquant", QUICK),
+    )
+}
+PAPERS = [slug for slug in ROWS if slug not in ("rtn", "gptq")]
+COMMON = {"bits": 4, "activation_bits": 4, "calibration_samples": 8, "calibration_batch_size": 4, "progress": False}
+IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+BLOCK = "vit.layers.0"
+
+
+def tiny(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8,
+        num_labels=5, initializer_range=0.1))  # fmt: skip
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if "layernorm_" in name:
+                module.weight.mul_(torch.exp(torch.randn(32)))
+    return model.eval()
+
+
+def quantized(slug: str, **more: Any) -> tuple[Any, Any]:
+    model = tiny()
+    return model, hfq.quantize(model, hfq.HfqConfig(method=slug, **{**COMMON, **ROWS[slug].options, **more}), IMAGES)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IMAGES[:4]).logits
+
+
+def digest(model: Any) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+@pytest.mark.parametrize("slug", ROWS)
+def test_sixteen_bits_change_nothing(slug: str) -> None:
+    model, report = quantized(slug, bits=16, activation_bits=16)
+    assert not report.packed and not attention.parts(model)
+    assert (logits(model) - logits(tiny())).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("slug", ROWS)
+def test_the_report_is_complete(slug: str) -> None:
+    model, report = quantized(slug)
+    packed = swap.packed_modules(model)
+    assert {row.module for row in report.packed} == set(packed) and len(packed) == 12
+    for row in report.packed:
+        layer = packed[row.module]
+        stored = sum(t.nbytes for name, t in layer.state_dict().items() if name != "bias")
+        assert row.bits == pytest.approx(8 * stored / row.numel) and row.error is not None and 0 < row.error < 1
+        assert row.extra["activation"]["bits"] == 4 and row.kernel == swap.kernel_of(layer) != "reference"
+        assert row.tokens == 8 * 17
+    assert {row.module for row in report.attached} == {f"vit.layers.{i}.attention.hfq_attention" for i in range(2)}
+    assert report.rows["classifier"].status == "float" and report.rows["classifier"].reason
+    assert report.from_dict(json.loads(report.to_json())).to_dict() == report.to_dict()
+
+
+@pytest.mark.parametrize("slug", ROWS)
+def test_skips_and_overrides(slug: str) -> None:
+    skip = [f"{BLOCK}.attention.q_proj", "*.mlp.fc2"]
+    wide = {f"{BLOCK}.attention.v_proj": {"bits": 8, "activation_bits": 8}, "*.o_proj": {"activation_bits": 16}}
+    model, _ = quantized(slug, modules_to_not_convert=skip, overrides=wide)
+    block = model.vit.layers[0]
+    assert type(block.attention.q_proj) is torch.nn.Linear and type(block.mlp.fc2) is torch.nn.Linear
+    assert block.attention.v_proj.spec.bits == block.attention.v_proj.activation.bits == 8
+    assert block.attention.o_proj.activation is None and block.attention.k_proj.activation.bits == 4
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("slug", PAPERS)
+def test_wrong_options_are_named(slug: str) -> None:
+    for wrong in ({"bitz": 4}, {"bits": 9}, {"activation_bits": 9}, {"activation_bits": 1}, {"kv_bits": 4}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            hfq.HfqConfig(method=slug, **wrong)
+
+
+@pytest.mark.parametrize("slug", ROWS)
+def test_same_seed_same_bytes_and_killed_runs_go_on(slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = digest(quantized(slug)[0])
+    assert digest(quantized(slug)[0]) == whole
+    own, seen = Step.swap, []
+
+    def stop(self: Step, site: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(seen) == 8:  # in the second block
+            raise KeyboardInterrupt
+        seen.append(site)
+        return own(self, site, *args, **kwargs)
+
+    monkeypatch.setattr(Step, "swap", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(slug, work_dir=tmp_path)
+    monkeypatch.setattr(Step, "swap", lambda self, site, *a, **k: seen.append(site) or own(self, site, *a, **k))
+    model, report = quantized(slug, work_dir=tmp_path)
+    assert len(seen) == 14 and digest(model) == whole and len(report.packed) == 12 and len(report.attached) == 2
+
+
+@pytest.mark.parametrize("slug", ROWS)
+def test_the_fast_kernels_compute_what_the_reference_does(slug: str) -> None:
+    model, _ = quantized(slug, bits=8, activation_bits=8)
+    fast = logits(model)
+    with kernels.use(wna16="reference", wnan="reference", attention="reference"):
+        exact = logits(model)
+    assert (fast - exact).norm() <= 2e-2 * exact.norm()  # codes on an edge
+    assert (exact - logits(tiny())).norm() > (fast - exact).norm()
+
+
+def test_saved_models_load_bit_exactly_in_a_new_process(tmp_path: Path) -> None:
+    wanted = {}
+    for slug in ROWS:
+        model, _ = quantized(slug)
+        model.save_pretrained(tmp_path / slug)
+        wanted[slug] = logits(model).tolist()
+    torch.save(IMAGES[:4], tmp_path / "images.pt")
+    script = (
+        "import json, sys, torch\n"
+        "from transformers import AutoModelForImageClassification as Auto\n"
+        "torch.set_num_threads(int(sys.argv[2]))\n"
+        "images = torch.load(sys.argv[1] + '/images.pt')\n"
+        "with torch.no_grad():\n"
+        "    found = {m: Auto.from_pretrained(sys.argv[1] + '/' + m)(images).logits.tolist() for m in sys.argv[3:]}\n"
+        "engine = {'hfq.calibration.walk', 'hfq.rounding.nearest', 'hfq.reconstruction.static'}\n"
+        "assert not engine & set(sys.modules), 'loading needs no method and no calibration code'\n"
+        "print(json.dumps(found))\n"
+    )
+    command = [sys.executable, "-P", "-c", script, str(tmp_path), str(torch.get_num_threads()), *ROWS]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == wanted
+
+
+@pytest.mark.parametrize("slug", PAPERS)
+def test_nearer_to_the_float_model_than_the_plain_baseline(slug: str) -> None:
+    wanted, errors = logits(tiny()), []
+    for name, options in (("rtn", {"observer": "minmax"}), (slug, {})):
+        model, _ = quantized(name, **options)
+        assert all(isinstance(m, PackedModule) for m in swap.packed_modules(model).values())
+        errors.append(float((logits(model) - wanted).norm()))
+    assert errors[1] < errors[0], errors
