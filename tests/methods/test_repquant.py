@@ -127,11 +127,11 @@ def test_ratios_have_mean_one() -> None:
 @pytest.mark.must_hold("repquant", 5)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_learned_bounds(symmetric: bool) -> None:
-    rows = torch.rand(1500, 12) * torch.linspace(1, 5, 12) - 2
-    rows[3, 5] = 100 * rows[:, 5].abs().max()
-    weights = [torch.randn(9, 12), torch.randn(4, 12)]
+    rows = torch.rand(100_000, 6) * torch.linspace(1, 5, 6) - 2
+    rows[3, 2] = 100 * rows[:, 2].abs().max()
+    weights = [torch.randn(9, 6), torch.randn(4, 6)]
     scale, zero = ranges.fit_channels(rows, 4, symmetric=symmetric)
-    found = learn_bounds(rows, weights, scale, zero, 4, steps=200, batch=512, symmetric=symmetric,
+    found = learn_bounds(rows, weights, scale, zero, 4, steps=40, batch=512, symmetric=symmetric,
                          generator=torch.Generator().manual_seed(0))
     gram = sum(w.t() @ w for w in weights)
     assert found.before == pytest.approx(float(channel_error(rows, gram, scale.float(), zero.float(), 4)), rel=1e-5)
@@ -139,10 +139,9 @@ def test_learned_bounds(symmetric: bool) -> None:
         float(channel_error(rows, gram, found.scale.float(), found.zero_point.float(), 4)), rel=1e-5)
     assert found.after <= found.before
     high = (15 - found.zero_point) * found.scale
-    assert float(high[5]) < 0.1 * float(rows[:, 5].max())  # one number of 1500 does not rule the channel
+    assert float(high[2]) < 0.1 * float(rows[:, 2].max())  # one number does not rule the channel
     if not symmetric:
-        assert found.after < found.before
-        others = [i for i in range(12) if i != 5]
+        others = [0, 1, 3, 4, 5]
         reach = (found.scale * 15)[others] / (rows.amax(0) - rows.amin(0))[others]
         assert float(reach.min()) > 0.9
 
@@ -153,6 +152,10 @@ def test_learning_that_does_not_help_is_thrown_away() -> None:
     scale, zero = ranges.fit_channels(rows, 4)
     found = learn_bounds(rows, weights, scale, zero, 4, steps=3, lr=1.0, start=0.3)
     assert found.after <= found.before
+    tails = torch.distributions.Laplace(0.0, 1.0).sample((3000, 6))
+    wide = ranges.fit_channels(tails, 3)
+    learned = learn_bounds(tails, weights, *wide, 3, steps=150, lr=3e-2, batch=1024)
+    assert learned.after < 0.95 * learned.before  # percentiles are too wide for three bits
     none = learn_bounds(rows, weights, scale, zero, 4, steps=0, start=0.1)
     assert torch.equal(none.scale, scale) and torch.equal(none.zero_point, zero)
 
