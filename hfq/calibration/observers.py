@@ -266,7 +266,7 @@ class Kl(Observer):
         """Thresholds and their divergences, float64 ``[candidates]``."""
         top = float(self._top())
         width = 2.0 ** (self.exponent or 0) / self.bins
-        used = min(self.bins, max(int(-(-top // width)), 1))
+        used = min(self.bins, int(top / width) + 1)  # with the bin of the largest one, also where that is an edge
         one_sided = not self.symmetric and float(self.exact.range()[0]) >= 0
         counts, levels = self.counts[:used].clone(), 1 << self.bits - (0 if one_sided else 1)
         counts[0] = 0

@@ -17,6 +17,7 @@ from hfq.kernels import cpu, cpu_int8, dispatch, ops
 from hfq.kernels import cpu_conv as _cpu_conv  # noqa: F401  its rows and layouts
 from hfq.kernels import cpu_integer as _cpu_integer  # noqa: F401  its rows and layouts
 from hfq.kernels import cuda as _cuda  # noqa: F401  its rows and layout
+from hfq.kernels import cuda_conv as _cuda_conv  # noqa: F401  its rows and layout
 from hfq.kernels.dispatch import Choice, table, use
 from hfq.kernels.integer import linear_int
 from hfq.kernels.isa import isa

@@ -84,13 +84,14 @@ def quantize(model: Any, data: Any, config: CFWSConfig, report: Report) -> None:
         raise DataError("cfws needs calibration images: no batches were given")
     # 0. One convolution for the branches of a block, normalisations in it.
     asked = {site.name for site in config.plan(model).sites}
+    known = {name for name, _ in model.named_modules()}
     before = sequence.outputs(model, data[0])
     merged = merge_branches(model, lambda: sequence.outputs(model, data[0]))
     if merged:
         report.note(f"branches merged before quantization: {', '.join(name or 'the model' for name in merged)}")
     folded = fold_batch_norms(config.plan(model), config.one_call(model, data))
     # 1. The layers, in the order in which they run.
-    sites = sequence.order(model, data[0], config.plan(model).sites)
+    sites = sequence.order(model, data[0], _asked(config.plan(model), config, asked, known, report))
     for name in sorted(asked - {site.name for site in sites}):
         report.leave(name, "its branch was merged into another convolution", kind="conv")
     # 4. Thresholds: of the float model in one pass, or of the stream as it is when a layer's turn comes.
@@ -123,6 +124,25 @@ def _activation(config: CFWSConfig, name: str) -> Any:
 
     bits = config.value_for(name, "activation_bits")
     return None if bits == 16 else ActivationSpec(bits, True, "tensor", dynamic=False)
+
+
+def _asked(plan: Any, config: CFWSConfig, asked: set[str], known: set[str], report: Report) -> list[Any]:
+    """The sites that were asked for, and those that took their branches in: a merged convolution stands for them.
+
+    Whether a site is a head is told by the model as it was; afterwards a stage may look like one.
+    """
+    from hfq.graph import select
+
+    found = []
+    for site in plan.every_site:
+        parent = site.name.rpartition(".")[0]
+        merged = site.name not in known and any(name.startswith(f"{parent}.") for name in asked)
+        pattern = select.first_match(site.name, config.modules_to_not_convert or ())
+        if site.name in asked or (merged and pattern is None and config.spec_for(site.name) is not None):
+            found.append(site)
+        elif site.name not in report.rows:
+            report.leave(site.name, plan.skipped.get(site.name, "its branches stay float"), kind=site.kind)
+    return found
 
 
 def _nothing_to_do(plan: Any, report: Report) -> None:

@@ -24,13 +24,14 @@ SHAPES = [
 ]
 INPUTS = [ActivationSpec(8, False, "tensor", dynamic=False), ActivationSpec(8, True, "tensor"),
           ActivationSpec(4, False, "tensor")]  # fmt: skip
+EIGHT = QuantSpec(8, symmetric=True)
 
 
 def ids(geometry):
     return f"{geometry.kernel}s{geometry.stride}p{geometry.pads}g{geometry.groups}"
 
 
-def packed(geometry, spec=QuantSpec(8, symmetric=True)):
+def packed(geometry, spec=EIGHT):
     weight = torch.randn(geometry.out_channels, geometry.columns)
     codes = affine.quantize(weight, spec)
     return PackedWeight(
