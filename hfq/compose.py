@@ -49,7 +49,8 @@ class ComposedConfig(HfqConfig):
 
     @property
     def supports_activation_bits(self) -> bool:  # type: ignore[override]
-        return self.backend_class.supports_activation_bits
+        # Ranges that a backend measures and stores are those of a model that it quantizes alone.
+        return self.backend_class.supports_activation_bits and not getattr(self.backend_class, "stored_inputs", False)
 
     @property
     def supports_kv_bits(self) -> bool:  # type: ignore[override]
@@ -79,6 +80,10 @@ class ComposedConfig(HfqConfig):
         common = {f.name: getattr(self, f.name) for f in fields(HfqConfig) if f.init and f.name not in _OWN}
         values = {**common, **self.backend, "overrides": {**(overrides or {}), **self.overrides}, **changes}
         config = self.backend_class(**values)
+        widths = [config.activation_bits, *(entry.get("activation_bits", 16) for entry in config.overrides.values())]
+        if getattr(config, "stored_inputs", False) and any(bits != 16 for bits in widths):
+            raise ConfigError(f"activation_bits={min(widths)}: as a backend {config.method} does not quantize "
+                              "activations (16 is off)")
         for name in ("_environment", "_data", "_processor"):
             setattr(config, name, getattr(self, name, None))
         return config

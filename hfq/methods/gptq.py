@@ -34,6 +34,7 @@ class GPTQConfig(HfqConfig):
     method = "gptq"
     supports_kv_bits = True
     supports_activation_bits = True
+    stored_inputs = True  # as ranges of this model alone: another method does not carry them
 
     percdamp: float = option(0.01, range=(0.0, 1.0))
     act_order: bool = option(False)

@@ -27,6 +27,7 @@ class RTNConfig(HfqConfig):
     method = "rtn"
     supports_kv_bits = True
     supports_activation_bits = True
+    stored_inputs = True  # as ranges of this model alone: another method does not carry them
     needs_calibration = False
 
     clip: str = option("none", choices=("none", "mse", "percentile"), per_module=True)
