@@ -53,12 +53,12 @@ class Product:
     def __init__(self, rows: torch.Tensor, weights: Sequence[torch.Tensor], objective: str = "output") -> None:
         if objective not in ("output", "input"):
             raise ConfigError(f"objective={objective!r}: 'output' or 'input'")
-        self.rows = rows.float()
-        width = rows.shape[1]
-        gram = sum((w.float().t() @ w.float() for w in weights), torch.zeros(width, width))
+        self.rows = rows.float().cpu()
+        width, weights = rows.shape[1], [w.detach().float().cpu() for w in weights]
+        gram = sum((w.t() @ w for w in weights), torch.zeros(width, width))
         # ||e W^T|| = ||e R^T|| with as many rows of R as there are inputs at most: cheaper where outputs are many.
         self.root = None if objective == "input" else _root(gram) if sum(w.shape[0] for w in weights) > width else (
-            torch.cat([w.float() for w in weights]))  # fmt: skip
+            torch.cat(weights))  # fmt: skip
 
     def error(self, quantize: Callable[[torch.Tensor], torch.Tensor]) -> float:
         """Mean over rows of the squared error that ``quantize`` leaves in the output."""

@@ -86,10 +86,13 @@ def _hook(
 ) -> Any:
     def fake(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         shared = params is None and factor is None
+        if shared:
+            return memo.fake(module, x, spec)
+        given = None if params is None else tuple(t if t is None else t.to(x.device) for t in params)
         if isinstance(spec, TwinSpec):
-            assert params is not None
-            return twin.fake(x, params[0], spec)
-        return memo.fake(module, x, spec) if shared else activation.fake(x, spec, params, factor)
+            assert given is not None
+            return twin.fake(x, given[0], spec)
+        return activation.fake(x, spec, given, factor)  # type: ignore[arg-type]
 
     def quantize(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:

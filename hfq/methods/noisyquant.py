@@ -172,8 +172,8 @@ def _take_out(module: Any, weight: torch.Tensor, noise: torch.Tensor) -> None:
     import torch
 
     own = module.weight
-    start = torch.zeros(weight.shape[0]) if module.bias is None else module.bias.detach()
-    bias = start.double() - (weight.double() @ noise.double()).to(start.device)
+    start = torch.zeros(weight.shape[0]) if module.bias is None else module.bias.detach().cpu()
+    bias = start.double() - weight.double().cpu() @ noise.double()
     module.register_parameter("bias", torch.nn.Parameter(bias.to(own.device, own.dtype), requires_grad=False))
 
 

@@ -57,8 +57,8 @@ def learn_bounds(
         symmetric: one bound a column and the zero point in the middle.
         generator: draws the rows.
     """
-    x = rows.float()
-    gram = sum(((w.detach().float().t() @ w.detach().float()) for w in weights), torch.zeros(x.shape[1], x.shape[1]))
+    x, weights = rows.float().cpu(), [w.detach().float().cpu() for w in weights]
+    gram = sum((w.t() @ w for w in weights), torch.zeros(x.shape[1], x.shape[1]))
     top, middle = (1 << bits) - 1, x.median(0).values
     low, high = x.amin(0), x.amax(0)
     if symmetric:
@@ -109,8 +109,8 @@ def refit(weight: torch.Tensor, rows: torch.Tensor, coded: torch.Tensor, share: 
 
     Minimises ``||X W^T - C V^T||^2 + mu ||V - W||^2`` with ``mu = share * mean(diag(C^T C))``, in float64.
     """
-    x, c, w = rows.double(), coded.double(), weight.detach().double()
+    x, c, w = (t.detach().double().cpu() for t in (rows, coded, weight))
     second = c.t() @ c
     mu = share * float(second.diagonal().mean())
     damped = second + mu * torch.eye(second.shape[0], dtype=torch.float64)
-    return torch.linalg.solve(damped, (w @ (x.t() @ c) + mu * w).t()).t().to(weight.dtype)
+    return torch.linalg.solve(damped, (w @ (x.t() @ c) + mu * w).t()).t().to(weight.device, weight.dtype)
