@@ -93,7 +93,7 @@ def test_no_layer_ends_worse_than_its_base_quantizer(base: str) -> None:
     model, report = quantized("swin", base=base, bits=4, activation_bits=4)
     rows = [row for row in report.packed if "after" in row.extra]
     assert len(rows) == 13 and all(row.extra["after"] <= row.extra["before"] for row in rows)
-    assert sum(row.extra["after"] < 0.98 * row.extra["before"] for row in rows) > 6
+    assert sum(row.extra["after"] < 0.995 * row.extra["before"] for row in rows) > 6
     assert any(isinstance(m.activation, TwinSpec) for m in model.modules() if isinstance(m, PackedModule)) == (
         base == "twin")  # fmt: skip
 
