@@ -56,11 +56,15 @@ def random_orthogonal(size: int, generator: torch.Generator | None = None) -> to
 
 
 def random_hadamard(size: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """A normalised Hadamard matrix with random column signs, float64; uniformly random where no order exists."""
+    """Random signs, then a normalised Hadamard matrix, float64; uniformly random where no order exists.
+
+    The signs come first: behind the matrix they would leave the sum of all inputs, its first column, as it is, and with
+    it the outlier of inputs that agree in sign.
+    """
     if not hadamard.is_order(size):
         return random_orthogonal(size, generator)
     signs = hadamard.random_signs(size, generator).double()
-    return hadamard.hadamard(size).double() / math.sqrt(size) * signs
+    return signs[:, None] * hadamard.hadamard(size).double() / math.sqrt(size)
 
 
 def even_basis(cov: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

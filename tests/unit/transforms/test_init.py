@@ -36,6 +36,18 @@ def test_the_even_basis_has_a_constant_diagonal(size: int) -> None:
         assert float(uneven.max() / uneven.min()) > 1.2
 
 
+@pytest.mark.parametrize("kind", ["womi", "hadamard"])
+def test_inputs_that_agree_in_sign_are_no_outlier(kind: str) -> None:
+    """Signs behind the Hadamard matrix would leave the whole length of such an input in one channel."""
+    size = 64
+    cov = init.covariance([anisotropic(size)])
+    basis = init.eigenbasis(cov) if kind == "womi" else torch.eye(size, dtype=torch.float64)
+    for seed in range(8):
+        turned = (basis @ torch.ones(size, dtype=torch.float64)) @ init.start(
+            kind, size, cov, torch.Generator().manual_seed(seed))
+        assert float(turned.abs().max()) < 0.6 * float(turned.norm())
+
+
 def test_the_eigenbasis_sorts_the_variance() -> None:
     cov = init.covariance([anisotropic(10)])
     q = init.eigenbasis(cov)
