@@ -85,7 +85,7 @@ def _with_inputs(plan: Any, data: Any, config: GPTQConfig, report: Report, solve
     if config.attention and config.activation_bits != 16:
         attention = static.Products(config.activation_bits, symmetric=config.activation_symmetric,
                                     observer=config.observer)
-    rounding = static.round_gptq(config.spec_for, solver)
+    rounding = static.round_columns(config.spec_for, solver)
     for step in walk(plan, data, report=report, **config.walk_options()):
         static.pack_block(step, lambda name: config.value_for(name, "activation_bits"), rounding, plan=attention,
                           observer=config.observer, symmetric=config.activation_symmetric, seed=config.seed)

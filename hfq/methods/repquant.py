@@ -133,7 +133,7 @@ def _sites(step: Any, sites: Any, folds: Any, config: RepQuantConfig, report: Re
         if config.reconstruction == "gptq":  # on the inputs as they will be
             solver = Solver(percdamp=config.percdamp, act_order=config.act_order, static_groups=config.act_order,
                             clip=config.weight_clip)
-            pack.round_gptq(config.spec_for, solver)(step, sites, options)
+            pack.round_columns(config.spec_for, solver)(step, sites, options)
         else:
             pack.round_nearest(config.spec_for, config.weight_clip)(step, sites, options)
 

@@ -31,7 +31,7 @@ from hfq.report import Report
 
 __all__ = [
     "Products", "Round", "asks_inputs", "attention_asked", "input_grid", "input_options", "outside_inputs",
-    "pack_block", "pack_outside", "pack_products", "pack_sites", "round_gptq", "round_nearest",
+    "pack_block", "pack_outside", "pack_products", "pack_sites", "round_columns", "round_nearest",
 ]  # fmt: skip
 
 # Packs sites that read one tensor: ``(step, sites, options of step.swap by site name)``.
@@ -89,7 +89,7 @@ def round_nearest(spec_for: Callable[[str], QuantSpec], clip: Callable[[str], st
     return pack
 
 
-def round_gptq(spec_for: Callable[[str], QuantSpec], solver: Solver) -> Round:
+def round_columns(spec_for: Callable[[str], QuantSpec], solver: Solver) -> Round:
     """Column by column on the second moment of the inputs, as they come to the layer before they are quantized."""
     def pack(step: Step, sites: Sequence[Any], options: Mapping[str, Mapping[str, Any]]) -> None:
         columns.solve_sites(step, sites, spec_for, solver, options=options)
