@@ -214,7 +214,7 @@ def test_perplexity(small_lm: Any) -> None:
     for name, options in {
         "w8a8": {}, "w6a6": {"bits": 6, "activation_bits": 6}, "w4a4 start": four,
         "w4a4 searched ranges": {**four, "weight_clip": "mse"},
-        "w4a4": {**four, "epochs": 6, "lr": 1e-2, "batch_size": 2},
+        "w4a4": {**four, "epochs": 12, "lr": 1e-2, "batch_size": 2},
     }.items():
         model = small_lm.make()
         hfq.quantize(model, config_of(**common, **options), data)
