@@ -197,10 +197,16 @@ class _Recorder(TorchDispatchMode):
                 self._note_read(name, args, kwargs)
             if name in self._blocks:
                 values = [self.value(t) for t in _tensors((args, kwargs))]
-                self._open[name] = (len(self.trace.nodes), values, keep(args), keep(kwargs))
+                self._open[name] = (len(self.trace.nodes), values, self._keep(args), self._keep(kwargs))
             if self._is_opaque(name):
                 self._opaque.append((name, args, kwargs))
         return hook
+
+    def _keep(self, tree: Any) -> Any:
+        self._opaque.append(("", None, None))  # a copy is no step of the model, and no reader of what it copies
+        kept = keep(tree)
+        self._opaque.pop()
+        return kept
 
     def _note_read(self, name: str, args: Any, kwargs: Any) -> None:
         floating = [t for t in _tensors((args, kwargs)) if t.is_floating_point()] or _tensors((args, kwargs))
@@ -229,7 +235,7 @@ class _Recorder(TorchDispatchMode):
         kind = "site" if name in self._sites else "norm"
         node = self._node(kind, name, args, kwargs, self._modules[name])
         if kind == "norm":
-            node.recorded = (keep(args), keep(kwargs))
+            node.recorded = (self._keep(args), self._keep(kwargs))
         self._outputs(node, output)
         self.trace.calls.setdefault(name, []).append(node)
 
