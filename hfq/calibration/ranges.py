@@ -53,7 +53,7 @@ def fit(
     if observer == "kl":
         from hfq.calibration import observers
 
-        found = observers.KL(spec.bits)
+        found = observers.Kl(spec.bits, spec.symmetric)
         found.update(x)
         return _parameters(*found.range(), spec)
     return _least(x, _candidates(x, observer, percentiles, grid), spec)
