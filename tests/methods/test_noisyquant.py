@@ -25,8 +25,8 @@ IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 GRID = ActivationSpec(6, True, "tensor", dynamic=False)
 
 
-def make(kind: str = "vit", **more: Any) -> Any:
-    torch.manual_seed(0)
+def make(kind: str = "vit", seed: int = 0, **more: Any) -> Any:
+    torch.manual_seed(seed)
     if kind == "vit":
         return transformers.ViTForImageClassification(transformers.ViTConfig(
             hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32,
@@ -41,8 +41,10 @@ def logits(model: Any, images: torch.Tensor = IMAGES[:4]) -> torch.Tensor:
         return model(images).logits
 
 
-def quantized(kind: str = "vit", arguments: dict[str, Any] | None = None, **options: Any) -> tuple[Any, Any]:
-    model = make(kind, **(arguments or {}))
+def quantized(
+    kind: str = "vit", arguments: dict[str, Any] | None = None, model: Any = None, **options: Any
+) -> tuple[Any, Any]:
+    model = make(kind, **(arguments or {})) if model is None else model
     return model, hfq.quantize(model, hfq.NoisyQuantConfig(**{**OPTIONS, **options}), IMAGES)
 
 
@@ -93,7 +95,8 @@ def test_no_layer_ends_worse_than_its_base_quantizer(base: str) -> None:
     model, report = quantized("swin", base=base, bits=4, activation_bits=4)
     rows = [row for row in report.packed if "after" in row.extra]
     assert len(rows) == 13 and all(row.extra["after"] <= row.extra["before"] for row in rows)
-    assert sum(row.extra["after"] < 0.995 * row.extra["before"] for row in rows) > 6
+    assert sum(row.extra["after"] < row.extra["before"] for row in rows) > 6
+    assert sum(row.extra["after"] / row.extra["before"] for row in rows) < 0.99 * len(rows)
     assert any(isinstance(m.activation, TwinSpec) for m in model.modules() if isinstance(m, PackedModule)) == (
         base == "twin")  # fmt: skip
 
@@ -165,7 +168,8 @@ def test_one_vector_for_all_and_another_for_another_seed(tmp_path: Path) -> None
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
     for name, part in parts.items():
         assert torch.equal(loaded.get_submodule(name).online.shift, part.shift)
-    assert torch.equal(logits(loaded), logits(model)) and torch.equal(logits(model)[:1], logits(model, IMAGES[:1]))
+    assert torch.equal(logits(loaded), logits(model))
+    torch.testing.assert_close(logits(model, IMAGES[:1]), logits(model)[:1], rtol=1e-5, atol=1e-5)  # float parts differ
     same, other = quantized(fold=False)[0], quantized(fold=False, seed=7)[0]
     shared = [name for name in parts if getattr(other.get_submodule(name), "online", None) is not None]
     assert shared and all(torch.equal(same.get_submodule(name).online.shift, parts[name].shift) for name in parts)
@@ -221,11 +225,13 @@ def test_codes_at_the_ends_are_counted_and_not_doubled() -> None:
 
 
 def test_better_than_its_base_quantizer_in_the_model() -> None:
-    wanted, errors = logits(make()), []
-    for noise in (False, True):
-        model, _ = quantized(bits=8, activation_bits=3, noise=noise, attention=False)
-        errors.append(float((logits(model) - wanted).norm()))
-    assert errors[1] < errors[0]
+    unseen, errors = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(9)), [0.0, 0.0]
+    for seed in range(3):  # a single random model may gain or lose
+        wanted = logits(make(seed=seed), unseen)
+        for noise in (False, True):
+            model, _ = quantized(bits=8, activation_bits=4, noise=noise, attention=False, model=make(seed=seed))
+            errors[noise] += float((logits(model, unseen) - wanted).norm() / wanted.norm())
+    assert errors[1] < 0.9 * errors[0], errors
 
 
 def test_the_public_draw_is_another_one() -> None:
