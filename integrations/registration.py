@@ -47,9 +47,9 @@ def register_peft() -> None:
 
 def register_configs() -> None:
     """Let ``AutoConfig`` know the models of ``hfq.integrations.models``. Idempotent."""
-    from hfq.integrations.models import repvgg
+    from hfq.integrations.models import repvgg_config
 
-    repvgg.register_config()
+    repvgg_config.register_config()
 
 
 def register_models() -> None:
