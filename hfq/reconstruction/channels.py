@@ -93,7 +93,8 @@ def learn_bounds(
             break
         drawn = x if x.shape[0] <= batch else x[torch.randint(x.shape[0], (batch,), generator=generator)]
         optimizer.zero_grad()
-        channel_error(drawn, gram, *grid(p, r), bits).backward()
+        with torch.enable_grad():  # whatever mode the caller is in
+            channel_error(drawn, gram, *grid(p, r), bits).backward()
         optimizer.step()
     return Bounds(best[1], best[2], before, best[0])
 
