@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 from hfq.errors import ConfigError, QuantizationError
 from hfq.layers import attention
 from hfq.layers.attention import AttentionQuant
+from hfq.layers.exact import exact_inputs
 from hfq.layers.kv_store import KVStore
 
 __all__ = ["QuantizedLayer", "adopt", "can_cache", "check", "make", "nbytes"]
@@ -192,10 +193,11 @@ def check(model: Any, inputs: dict[str, Any], steps: int = 3) -> None:
     training = model.training
     model.eval()
     try:
-        with attention.without(model):
-            wanted = _decode(model, ids, steps)
-        with attention.exact(model):
-            found = _decode(model, ids, steps)
+        with exact_inputs(model):
+            with attention.without(model):
+                wanted = _decode(model, ids, steps)
+            with attention.exact(model):
+                found = _decode(model, ids, steps)
     finally:
         model.train(training)
     wrong = (found - wanted).float().norm() / wanted.float().norm()
