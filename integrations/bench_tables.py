@@ -80,8 +80,8 @@ LEARNED = {
     "steps": 50, "batch_size": 4, "straight": True, "rounding": "full", "lr": 3e-2, "scale_lr": 1e-3,
     "mixed_precision": True,
 }
-# The paper compares at as many steps a window. Blocks that windows hold twice are then optimised twice, so single blocks
-# with twice the steps, which take the same time, are another row.
+# The paper compares at as many steps a window. Blocks that windows hold twice are then optimised twice, so single
+# blocks with twice the steps, which take the same time, are another row.
 SINGLE = {**LEARNED, "window": 1, "overlap": 0}
 
 
