@@ -35,7 +35,7 @@ TITLES = {
     "affine": "Affine transforms, scales only, nothing; the first 8 blocks, the others float (W4A4 per channel)",
     "cache": "Quantized keys and values of every scored token; weights float unless named",
     "integer": "Integer-only models, embedding and head included, weights per channel",
-    "windows": "Windows of two blocks, and single blocks with as many steps and in as much time; only the first 8 blocks",
+    "windows": "Windows of two blocks; single blocks with as many steps, and in as much time; the first 8 blocks",
 }
 # Tables of a card; every other card shows its rows of "weights".
 CARDS = {
