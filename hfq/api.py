@@ -20,6 +20,7 @@ from torch import nn
 
 from hfq import methods as methods_table
 from hfq.calibration.data import normalise
+from hfq.calibration.images import check
 from hfq.config import HfqConfig
 from hfq.errors import ConfigError, DataError, QuantizationError
 from hfq.graph import select
@@ -211,11 +212,13 @@ def _batches(model: nn.Module, config: HfqConfig, data: Any) -> Any:
         return None
     load = _ENVIRONMENT.load_processor
     processor = config._processor if load is None else load(model, config, data)
-    return normalise(
+    batches = normalise(
         data, processor=processor, samples=config.calibration_samples, seqlen=config.calibration_seqlen,
         batch_size=config.calibration_batch_size, seed=config.seed, text_column=config.text_column,
         load_hub=_ENVIRONMENT.load_hub, accepted=_accepted(model),
     )
+    check(batches, model)
+    return batches
 
 
 def _accepted(model: nn.Module) -> list[str] | None:

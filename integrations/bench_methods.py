@@ -6,20 +6,13 @@ JSON file as they are finished; a run that finds the file measures only what is 
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hfq.errors import ConfigError, HfqError, QuantizationError
-from hfq.integrations import bench_tables
+from hfq.integrations import bench_rows, bench_tables
 from hfq.integrations.bench_tables import Case
 from hfq.integrations.bench_tables import case as _case
 from hfq.integrations.results import machine, markdown
@@ -104,15 +97,7 @@ def measure(case: Case, model: str | Path, train: str, windows: Sequence[Sequenc
         config = hfq.HfqConfig(method=case.method, processor=processor, **options)
         cpu = time.process_time()
         report = hfq.quantize(loaded, config, [train] if config.wants_data else None)
-        row |= {
-            "bits_per_weight": report.bits_per_weight(),
-            "quantize_seconds": report.totals["seconds"],
-            "cpu_seconds": round(time.process_time() - cpu, 1),  # other work on the machine hardly shows
-            "peak_memory_bytes": report.totals["peak_memory_bytes"],
-            "cache_bits": next((line.bits for line in report.packed if line.kind == "cache"), None),
-            "kernel": ", ".join(sorted({line.kernel for line in report.packed if line.kernel})) or None,
-        }
-        row["details"] = {"config": config.to_dict() | {"manifest": None, "summary": None}, "totals": report.totals}
+        row |= bench_rows.quantized_row(report, config, time.process_time() - cpu)
     started = time.perf_counter()
     row["perplexity"] = perplexity.perplexity(loaded, windows)
     row["evaluation_seconds"] = round(time.perf_counter() - started, 1)
@@ -147,21 +132,8 @@ def run(
     Raises:
         QuantizationError: a child failed; its last lines are in the message, and the rows before it are kept.
     """
-    cases = list(cases)
-    known = {row["name"]: row for row in _read(output)}
-    missing = [case for case in cases if case.name not in known]
-    bar = None if progress is None else progress(len(missing), "methods")
-    with tempfile.TemporaryDirectory() as folder:
-        shared = Path(folder) / "inputs.json"
-        shared.write_text(json.dumps({"model": str(model), "train": train, "windows": [list(w) for w in windows]}))
-        for case in missing:
-            known[case.name] = _child(case, shared)
-            _write(output, list(known.values()))
-            if bar is not None:
-                bar.update()
-    if bar is not None:
-        bar.close()
-    return [known[case.name] for case in cases]
+    inputs = {"model": str(model), "train": train, "windows": [list(w) for w in windows]}
+    return bench_rows.run(cases, inputs, output, module=__name__, protocol=PROTOCOL, progress=progress)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -170,41 +142,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([markdown(rows), "", f"{PROTOCOL}. Measured on {'; '.join(machines)}."])
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        return json.loads(path.read_text())["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a file of measured rows ({error}): remove it or name another") from None
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"protocol": PROTOCOL, "rows": rows}, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, path)
-
-
-def _child(case: Case, shared: Path) -> dict[str, Any]:
-    command = [sys.executable, "-P", "-m", "hfq.integrations.bench_methods", json.dumps(asdict(case)), str(shared)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-3:])
-        raise QuantizationError(f"{case.name}: the measuring process ended with {done.returncode}: {tail}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _main() -> int:
-    shared = json.loads(Path(sys.argv[2]).read_text())
-    try:
-        row = measure(Case(**json.loads(sys.argv[1])), shared["model"], shared["train"], shared["windows"])
-    except HfqError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return 1
-    sys.stdout.write(json.dumps(row) + "\n")
-    return 0
+def _row(case: Case, shared: Mapping[str, Any]) -> dict[str, Any]:
+    return measure(case, shared["model"], shared["train"], shared["windows"])
 
 
 if __name__ == "__main__":
-    raise SystemExit(_main())
+    raise SystemExit(bench_rows.child(_row))

@@ -17,7 +17,7 @@ GRID = {"group_size": 64, "symmetric": False}
 
 @dataclass(frozen=True)
 class Case:
-    """One row: ``method`` empty is the float model.
+    """One row: ``method`` empty is the float model; ``model`` names it where a table has several.
 
     The option "order" of layer-wise rows is not the method's: it replaces the importance of the blocks by a random one
     or by the reverse of the method's own, the controls that its paper compares with.
@@ -27,6 +27,7 @@ class Case:
     method: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     rescaled: bool = False
+    model: str = ""
 
 
 def case(name: str, method: str, *, rescaled: bool = False, **options: Any) -> Case:

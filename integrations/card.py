@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import Counter
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ _TASKS = {
 
 def make_card(
     config: HfqConfig, report: Report | None, *, results: Results | None = None, repo_id: str = "",
-    architecture: str = "", model_type: str = "",
+    architecture: str = "", model_type: str = "", plots: Sequence[str] = (),
 ) -> Any:
     """A ``huggingface_hub.ModelCard``.
 
@@ -38,6 +39,7 @@ def make_card(
         results: measured numbers; only these become numbers of the card.
         repo_id: name under which the card shows how to load the model.
         architecture, model_type: as in ``config.json``.
+        plots: pictures to show, relative to the card.
 
     Raises:
         HfqError: jinja2 is not installed.
@@ -57,7 +59,7 @@ def make_card(
         auto_class=f"AutoModel{_ending(architecture)}", bits_per_weight=summary.get("bits_per_weight"),
         options=_options(config), table=markdown(results.rows) if results.rows else "",
         packed=_kinds(report, "packed"), left=_reasons(report), notes=report.notes if report else [],
-        data=_data(summary.get("data")),
+        data=_data(summary.get("data")), plots=plots,
     )
 
 
@@ -81,6 +83,7 @@ def folder_card(folder: str | os.PathLike[str], repo_id: str = "", results: Resu
     return make_card(
         HfqConfig.from_dict(saved["quantization_config"]), read_report(folder), results=results or Results.load(folder),
         repo_id=repo_id, architecture=(saved.get("architectures") or [""])[0], model_type=saved.get("model_type", ""),
+        plots=sorted(str(p.relative_to(folder)) for p in (Path(folder) / "plots").glob("*.png")),
     )
 
 
@@ -111,13 +114,22 @@ def _metadata(config: HfqConfig, results: Results, name: str, architecture: str,
         tags.append(f"arxiv:{method.arxiv}")
     row = results.this
     if row is not None and row.get("perplexity") is not None and results.dataset:
-        slug = "-".join("".join(c if c.isalnum() else " " for c in results.dataset.lower()).split())
         known["model_name"] = name
         known["eval_results"] = [EvalResult(
-            task_type="text-generation", dataset_type=slug, dataset_name=results.dataset,
+            task_type="text-generation", dataset_type=_slug(results.dataset), dataset_name=results.dataset,
             metric_type="perplexity", metric_name="perplexity", metric_value=round(row["perplexity"], 4),
         )]
+    if row is not None and row.get("accuracy") is not None and results.dataset:
+        known["model_name"] = name
+        known["eval_results"] = [EvalResult(
+            task_type="image-classification", dataset_type=_slug(results.dataset), dataset_name=results.dataset,
+            metric_type="accuracy", metric_name="top-1", metric_value=round(row["accuracy"], 4),
+        )]
     return ModelCardData(**known)
+
+
+def _slug(text: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
 
 def _ending(architecture: str) -> str:

@@ -16,7 +16,7 @@ from hfq.evaluation.agreement import agreement
 from hfq.evaluation.latency import Speed, speeds
 from hfq.evaluation.memory import disk_bytes
 from hfq.evaluation.perplexity import perplexity
-from hfq.integrations import environment, inputs
+from hfq.integrations import environment, inputs, inputs_vision
 from hfq.integrations.results import Results
 
 __all__ = [
@@ -56,7 +56,9 @@ def open_text(data: str | os.PathLike[str] = DEMO) -> Text:
 
 
 def resolve(model: str | os.PathLike[str]) -> str:
-    """``"demo"`` is the demo model in the cache; anything else is itself."""
+    """``"demo"`` is the demo model in the cache, ``"vit"``, ``"swin"``, ... those of images."""
+    if str(model) in inputs_vision.RECIPES and not os.path.exists(model):
+        return str(inputs_vision.demo_vision(str(model)))
     return str(inputs.demo_model()) if str(model) == DEMO else str(model)
 
 
@@ -81,6 +83,8 @@ def load_model(name: str | os.PathLike[str], **options: Any) -> Any:
         raise CheckpointError(f"no model {name!r}: {_first_line(error)}") from error
     architecture = (config.architectures or [""])[0]
     cls = getattr(transformers, architecture, None)
+    if cls is None and type(config) in transformers.AutoModelForImageClassification._model_mapping:
+        cls = transformers.AutoModelForImageClassification  # a model of hfq.integrations.models
     if cls is None:
         raise CheckpointError(f"{name} is a {architecture or type(config).__name__}, which transformers does not have")
     return cls.from_pretrained(name, **options).eval()
@@ -169,6 +173,8 @@ def origin(model: str | os.PathLike[str]) -> Results:
     """
     if str(model) == DEMO:
         return Results(base_model=inputs.MODEL_ID, license=inputs.MODEL_FILE.license.lower())
+    if str(model) in inputs_vision.RECIPES:
+        return Results()  # trained here: it is on no Hub
     if not os.path.exists(model):
         return Results(base_model=str(model))
     path = Path(model) / "README.md"

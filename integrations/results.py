@@ -31,6 +31,8 @@ def _perplexity(value: float) -> str:
 # key of a row -> heading, how a value is written
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "name": ("model", str),
+    "accuracy": ("top-1", lambda v: f"{100 * v:.2f} %"),
+    "agreement": ("same class as float", lambda v: f"{100 * v:.2f} %"),
     "perplexity": ("perplexity", _perplexity),
     "kl": ("KL to float", lambda v: f"{v:.4f}"),
     "top1": ("same top token", lambda v: f"{100 * v:.1f} %"),

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from hfq.calibration import images as image_forms
 from hfq.calibration import rows as row_forms
 from hfq.calibration import texts as text_forms
 from hfq.calibration.cache import digest, leaves
@@ -108,8 +109,12 @@ def normalise(
     source, data = _open(data, load_hub)
     head, items = _items(data)
     first = head[0]
-    text = text_forms.column(first, text_column)
-    if isinstance(first, str) or text is not None:
+    picture = image_forms.column(first)
+    text = None if picture is not None else text_forms.column(first, text_column)
+    if picture is not None:
+        found = image_forms.prepared(itertools.islice(items, samples), picture, processor)
+        batches = row_forms.batch(list(row_forms.rows(found, accepted, seqlen)), batch_size, 0)
+    elif isinstance(first, str) or text is not None:
         tokens = text_forms.Texts(processor, samples, seqlen, seed, streaming=not hasattr(data, "__len__"))
         found = (item if isinstance(item, str) else _text(item, text) for item in items)
         rows = tokens.windows(found) if packing == "concatenate" else tokens.truncated(found)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hfq.errors import QuantizationError
 
-__all__ = ["rescale", "widen_channels"]
+__all__ = ["rescale", "spread_norms", "widen_channels"]
 
 
 @torch.no_grad()
@@ -67,6 +67,42 @@ def widen_channels(model: nn.Module, channels: Sequence[int], factor: float = 30
         scale[list(channels)] = factor
         _norm_to(block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj], scale)
         _norm_to(block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], scale)
+    return model
+
+
+@torch.no_grad()
+def spread_norms(model: nn.Module, spread: float = 1.5, seed: int = 0, largest: int = 32) -> nn.Module:
+    """Give the channels behind the norms of vision transformer blocks the unequal ranges that large models have.
+
+    Gain and bias of a channel are multiplied by ``2 ** floor(|N(0, spread)|)`` (at most ``largest``) and the weights
+    that read it are divided by it. Powers of two round nothing: the function is the same to the last bit where sums
+    keep their order. Half of the channels stay as they are, about one in twenty grows eightfold or more.
+
+    Args:
+        model: a model with blocks that have ``layernorm_before`` (read by query, key and value) and ``layernorm_after``
+            (read by the first linear of the MLP), as ViT, DeiT and Swin have.
+
+    Raises:
+        QuantizationError: there is no such block.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = [m for m in model.modules() if hasattr(m, "layernorm_before") and hasattr(m, "layernorm_after")]
+    if not found:
+        raise QuantizationError(f"{type(model).__name__} has no block with layernorm_before and layernorm_after")
+    for block in found:
+        linears = {name.rpartition(".")[2] if "intermediate" not in name else "fc1": part
+                   for name, part in block.named_modules() if isinstance(part, nn.Linear)}  # fmt: skip
+        attention = [part for name, part in linears.items() if name in ("q_proj", "k_proj", "v_proj", "query", "key",
+                                                                        "value")]  # fmt: skip
+        readers = {"layernorm_before": attention, "layernorm_after": [linears["fc1"]] if "fc1" in linears else []}
+        for name, parts in readers.items():
+            norm = getattr(block, name)
+            if len(parts) not in (1, 3) or any(part.in_features != norm.weight.numel() for part in parts):
+                raise QuantizationError(f"{type(block).__name__}: the readers of {name} are not where ViT has them")
+            exponent = (spread * torch.randn(norm.weight.numel(), generator=generator)).abs().floor()
+            scale = torch.exp2(exponent.double()).clamp(max=largest)
+            _norm_to(norm, parts, scale)
+            norm.bias.copy_((norm.bias.double() * scale).to(norm.bias.dtype))
     return model
 
 

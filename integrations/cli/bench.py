@@ -90,6 +90,7 @@ def methods(
     samples: int = typer.Option(64, "--samples", help="Calibration windows of these methods."),
     seqlen: int = typer.Option(512, "--seqlen", help="Tokens a window."),
     windows: int = typer.Option(24, "--windows", help="Windows to evaluate on."),
+    images: int = typer.Option(0, "--images", min=0, help="Image models: images to evaluate on; 0 takes all."),
     rescaled: bool = typer.Option(False, "--rescaled", help="On the exactly rescaled model (same function)."),
     options: list[str] = typer.Option([], "--set", "-s", metavar="KEY=VALUE", help="Options of the methods."),
     output: Path = typer.Option(Path("out/bench-methods.json"), "--output", "-o", help="Rows; found ones are kept."),
@@ -101,9 +102,14 @@ def methods(
     [dim]hfq bench methods demo --table weights,rsq --output out/table.json[/]
 
     [dim]hfq bench methods demo --methods rtn,gptq --bits 4,3,2 --rescaled[/]
-    """
-    from hfq.integrations import bench_methods, environment, measure
 
+    [dim]hfq bench methods vit --table widths --output out/vision.json[/]
+    """
+    from hfq.integrations import bench_methods, environment, measure, measure_vision
+
+    if measure_vision.is_image_model(model):
+        _image_methods(model, tables or "widths", data, images, output)
+        return
     if tables:
         wanted = [name.strip() for name in tables.split(",")]
         unknown = [name for name in wanted if name not in bench_methods.TABLES]
@@ -116,6 +122,16 @@ def methods(
     test = text.windows(measure.load_tokenizer(model), windows, seqlen)
     rows = bench_methods.run(cases, measure.resolve(model), text.train, test, output, progress=environment.progress)
     screen.results_table(rows, title=f"{model}; {text.title}; {_where()}")
+    screen.say(f"rows in {output}")
+
+
+def _image_methods(model: str, tables: str, data: str, images: int, output: Path) -> None:
+    """Prepared tables of an image model: ``--table`` widths, plain, mixed, repquant, noisyquant, merged, cnn."""
+    from hfq.integrations import bench_vision, environment
+
+    cases = bench_vision.cases(model, [name.strip() for name in tables.split(",")])
+    rows = bench_vision.run(cases, data, images or None, output, progress=environment.progress)
+    screen.results_table(rows, title=f"{model}; {_where()}")
     screen.say(f"rows in {output}")
 
 

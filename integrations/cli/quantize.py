@@ -58,7 +58,7 @@ def quantize(
 
     [dim]hfq quantize org/model -m gptq -b 3 -d texts.jsonl -o out/gptq --set clip=mse --resume[/]
     """
-    from hfq.integrations import card, measure, saving
+    from hfq.integrations import card, measure, measure_vision, saving
     from hfq.methods import config_class
 
     if output.exists() and not output.is_dir():
@@ -78,6 +78,9 @@ def quantize(
         common = {key: value for key, value in common.items() if not key.startswith("calibration")}
     elif cls.needs_calibration and not data:
         raise ConfigError(f"{method} needs calibration data: pass --data FILE, a Hub id, or demo")
+    elif measure_vision.is_image_model(model):
+        prepare = measure_vision.load_processor(model)
+        common["calibration"] = measure_vision.calibration(data, prepare, samples, seed)
     else:
         common["calibration"] = [measure.open_text(data).train] if data == measure.DEMO else data
     config = cls(**{**common, **given})
@@ -104,14 +107,16 @@ def summary(report: Any) -> str:
 
 
 def _processor(model: str) -> Any:
-    """Tokenizer to save beside the weights, if the model has one."""
+    """Tokenizer or image processor to save beside the weights, if the model has one."""
     from hfq.errors import DataError
-    from hfq.integrations import measure
+    from hfq.integrations import measure, measure_vision
 
     try:
+        if measure_vision.is_image_model(model):
+            return measure_vision.load_processor(model)
         return measure.load_tokenizer(model)
     except DataError:
-        screen.warn(f"{model} has no tokenizer: none is saved")
+        screen.warn(f"{model} has no tokenizer or image processor: none is saved")
         return None
 
 

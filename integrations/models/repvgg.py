@@ -10,9 +10,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
+from hfq.errors import QuantizationError
 from hfq.integrations.models.repvgg_config import RepVGGConfig, register_config
 
-__all__ = ["RepVGGBlock", "RepVGGConfig", "RepVGGForImageClassification", "register_config", "register_model"]
+__all__ = [
+    "RepVGGBlock", "RepVGGConfig", "RepVGGForImageClassification", "register_config", "register_model", "unbalance",
+]  # fmt: skip
 
 
 class ConvNorm(nn.Module):
@@ -143,6 +146,64 @@ class RepVGGForImageClassification(PreTrainedModel):
             if isinstance(module, RepVGGBlock):
                 module.reparameterize()
         self.config.deploy = True
+
+
+@torch.no_grad()
+def unbalance(model: RepVGGForImageClassification, factor: float = 64.0) -> RepVGGForImageClassification:
+    """Let the centre taps of the merged kernels outgrow the others, as in RepVGGs at large, without another function.
+
+    One channel of every stage is doubled: a twin with the same weights computes the same numbers. The 1 x 1 branch
+    then reads the channel with a large weight, and its twin with the negative one: the sum is zero. In merged kernels
+    both weights are centre taps ``factor`` times as large as the largest tap of their row.
+
+    Raises:
+        QuantizationError: the branches are merged already, or convolutions have groups.
+    """
+    if model.config.deploy or model.config.groups != 1:
+        raise QuantizationError("the branches must not be merged yet, and convolutions must have one group")
+    for module in model.modules():
+        if isinstance(module, RepVGGBlock):
+            _with_twin(module, factor, first=module is model.stem)
+    head = model.classifier
+    head.weight = nn.Parameter(_grown(head.weight, 1, zero=True), head.weight.requires_grad)
+    head.in_features += 1
+    model.config.hidden_sizes = [size + 1 for size in model.config.hidden_sizes]
+    return model
+
+
+def _with_twin(block: RepVGGBlock, factor: float, *, first: bool) -> None:
+    """A twin of the first output channel, and opposite weights for the first input channel and its twin."""
+    largest = block.merged()[0].flatten(1).abs().amax(1).float()
+    for branch in (block.dense, block.point):
+        conv = branch.conv
+        weight = _grown(conv.weight, 0) if first else _grown(_grown(conv.weight, 1, zero=True), 0)
+        conv.weight = nn.Parameter(weight, conv.weight.requires_grad)
+        conv.out_channels, conv.in_channels = weight.shape[:2]
+        _grow_norm(branch.norm)
+    if block.skip is not None:
+        _grow_norm(block.skip)
+    if not first:
+        norm = block.point.norm
+        assert norm.running_var is not None
+        gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        tap = factor * torch.cat([largest, largest[:1]]) / torch.where(gain.abs() < 1e-3, torch.ones(()), gain)
+        block.point.conv.weight[:, 0, 0, 0] += tap
+        block.point.conv.weight[:, -1, 0, 0] -= tap
+
+
+def _grow_norm(norm: nn.BatchNorm2d) -> None:
+    for name in ("weight", "bias"):
+        old = getattr(norm, name)
+        setattr(norm, name, nn.Parameter(_grown(old, 0), old.requires_grad))
+    assert norm.running_mean is not None and norm.running_var is not None
+    norm.running_mean, norm.running_var = _grown(norm.running_mean, 0), _grown(norm.running_var, 0)
+    norm.num_features += 1
+
+
+def _grown(tensor: torch.Tensor, axis: int, *, zero: bool = False) -> torch.Tensor:
+    """One more entry along ``axis``: that of index 0 again, or zeros."""
+    more = tensor.detach().narrow(axis, 0, 1)
+    return torch.cat([tensor.detach(), torch.zeros_like(more) if zero else more], axis)
 
 
 def register_model() -> None:

@@ -1,0 +1,228 @@
+"""Tables of vision models: method x {W8A8, W6A6, W4A4, W3A3, mixed} x {ViT, Swin}, and of CNNs.
+
+    hfq bench methods vit --table widths --output examples/vit/methods.json
+    hfq bench methods swin --table widths --output examples/vit/methods.json
+    hfq bench methods repvgg --table merged --output examples/vit/methods.json
+
+Rows are quantized from the exactly rescaled demo model (the same function with the channel ranges of large models)
+unless their table says otherwise, calibrated on training images and measured on all held-out ones. Any image classifier
+of the Hub, or in a folder, takes the place of a demo model; it is not rescaled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hfq.errors import ConfigError
+from hfq.integrations import bench_rows, measure_vision
+from hfq.integrations.bench_tables import Case
+from hfq.integrations.inputs_vision import RECIPES, open_images
+from hfq.integrations.results import machine, markdown
+
+__all__ = ["MIXED", "PROTOCOL", "TABLES", "cases", "measure", "pivot", "run", "table"]
+
+PROTOCOL = (
+    "Top-1 of held-out images and share of them that get the float model's class, float32; calibration: 128 training "
+    "images (seed 0); classifier and patch embedding as each method leaves them; the float model exactly rescaled by "
+    "powers of two (RepVGG: a twin channel) unless a row says plain"
+)
+WIDTHS = (8, 6, 4, 3)
+CALIBRATION = {"calibration_samples": 128, "calibration_batch_size": 16}
+# Searches of the published length would take hours on this many layers; the second pass refines around the best.
+SEARCH = {"clip_search_steps": 200, "noise_steps": 200, "mean_steps": 50, "coarse": 20, "search_rows": 1024}
+BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "round to nearest, min-max": ("rtn", {"observer": "minmax", "group_size": -1}),
+    "round to nearest, percentile": ("rtn", {"observer": "percentile", "clip": "mse", "group_size": -1}),
+}
+# Label to method and options; rows of methods that this version of hfq does not have are left out.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "RepQuant": ("repquant", {}),
+    "NoisyQuant": ("noisyquant", SEARCH),
+    "NoisyQuant, two regions": ("noisyquant", {**SEARCH, "base": "twin"}),
+    "APHQ-ViT": ("aphq_vit", {}),
+}
+# Methods that choose widths: label to method and options that give the mean width; set with the method.
+MIXED: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {}
+
+
+def _case(model: str, label: str, width: str, method: str, options: Mapping[str, Any], rescaled: bool = True) -> Case:
+    rescaled = rescaled and model in RECIPES
+    name = f"{model}: {label}{'' if rescaled or model not in RECIPES else ', plain'}, {width}"
+    return Case(name, method, {**CALIBRATION, **options}, rescaled, model)
+
+
+def _widths(model: str, chosen: Mapping[str, tuple[str, dict[str, Any]]], widths: Iterable[int],
+            rescaled: bool = True) -> list[Case]:
+    from hfq.methods import METHODS as known
+
+    return [
+        _case(model, label, f"W{bits}A{bits}", method, {"bits": bits, "activation_bits": bits, **options}, rescaled)
+        for bits in widths for label, (method, options) in chosen.items() if known[method].available
+    ]  # fmt: skip
+
+
+def _float(model: str) -> Case:
+    return Case(f"{model}: float, –", model=model, rescaled=model in RECIPES)
+
+
+def widths(model: str) -> list[Case]:
+    """Every method at every width against round to nearest with two observers."""
+    return [_float(model), *_widths(model, {**BASELINES, **METHODS}, WIDTHS)]
+
+
+def plain(model: str) -> list[Case]:
+    """4 bits on the model as it was trained, without the rescaling."""
+    return _widths(model, {**BASELINES, **METHODS}, (4,), rescaled=False)
+
+
+def mixed(model: str) -> list[Case]:
+    """Widths chosen by layer at a mean of 6 and 4 bits, against one width for all."""
+    from hfq.methods import METHODS as known
+
+    return [
+        _case(model, label, f"mixed {bits}", method, options(bits))
+        for bits in (6, 4) for label, (method, options) in MIXED.items() if known[method].available
+    ]  # fmt: skip
+
+
+def reparameterized(model: str) -> list[Case]:
+    """What each step of RepQuant does at 4 and 6 bits."""
+    steps: dict[str, tuple[str, dict[str, Any]]] = {
+        "layer-wise ranges": ("repquant", {"reparameterize": False, "clip": False, "reconstruction": "nearest"}),
+        "+ scale reparameterization": ("repquant", {"clip": False, "reconstruction": "nearest"}),
+        "+ learned clipping": ("repquant", {"reconstruction": "nearest"}),
+        "+ weight reconstruction (RepQuant)": ("repquant", {}),
+        "RepQuant, powers of 2 for the softmax": ("repquant", {"softmax": "log2"}),
+        "RepQuant, uniform softmax": ("repquant", {"softmax": "uniform"}),
+    }
+    return _widths(model, steps, (6, 4))
+
+
+def noisy(model: str) -> list[Case]:
+    """The same quantizer without and with the noisy bias."""
+    steps: dict[str, tuple[str, dict[str, Any]]] = {
+        f"{label} quantizer{suffix}": ("noisyquant", {**SEARCH, "base": base, "noise": noise})
+        for label, base in (("linear", "linear"), ("two-region", "twin"))
+        for suffix, noise in (("", False), (" with noisy bias", True))
+    }
+    return _widths(model, steps, (6, 4))
+
+
+def merged(model: str) -> list[Case]:
+    """A RepVGG with merged branches at 8 bits: ranges of channels, of the tensor, and split kernels."""
+    steps: dict[str, tuple[str, dict[str, Any]]] = {
+        "merged, round to nearest, a range a channel": ("rtn", {"group_size": -1, "observer": "percentile"}),
+        "merged, round to nearest, one range": ("rtn", {"group_size": 0, "observer": "percentile"}),
+        "merged, GPTQ": ("gptq", {"group_size": -1, "observer": "percentile", "clip": "mse"}),
+        "CFWS": ("cfws", {}),
+        "CFWS, ordinary KL": ("cfws", {"act_metric": "kl"}),
+    }
+    return [_float(model), *_widths(model, steps, (8,)), *_widths(model, steps, (8,), rescaled=False)]
+
+
+def cnn(model: str) -> list[Case]:
+    """CNNs at 8 and 4 bits; one width for all layers, and chosen by an integer program where there is a method."""
+    return [_float(model), *_widths(model, {**BASELINES, "AdaQuant": ("adaquant", {})}, (8, 4))]
+
+
+TABLES: dict[str, Callable[[str], list[Case]]] = {
+    "widths": widths, "plain": plain, "mixed": mixed, "repquant": reparameterized, "noisyquant": noisy,
+    "merged": merged, "cnn": cnn,
+}  # fmt: skip
+
+
+def cases(model: str, names: Sequence[str]) -> list[Case]:
+    """The rows of tables for ``model``, each once.
+
+    Raises:
+        ConfigError: an unknown table, or no row because no method of it is there yet.
+    """
+    unknown = [name for name in names if name not in TABLES]
+    if unknown:
+        raise ConfigError(f"--table {unknown[0]!r}: {', '.join(TABLES)} are the tables of image models")
+    found = {case.name: case for name in names for case in TABLES[name](model)}
+    if not found:
+        raise ConfigError(f"--table {','.join(names)}: this version of hfq has no method for its rows")
+    return list(found.values())
+
+
+def measure(case: Case, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the float model, quantize it as ``case`` says, and measure; in this process.
+
+    Args:
+        shared: "data" (demo, folder or Hub id) and "count" of test images (``None`` for all).
+    """
+    import hfq
+    from hfq.evaluation.classification import image_logits
+
+    model, processor = measure_vision.load(case.model), measure_vision.load_processor(case.model)
+    if case.rescaled:
+        _rescale(model)
+    images = open_images(shared["data"], "test", shared["count"])
+    pixels, labels = measure_vision.prepared(images, model, processor)
+    row: dict[str, Any] = {"name": case.name, "model": case.model}
+    reference = None
+    if case.method:
+        reference = image_logits(model, pixels)
+        if case.method != "cfws" and hasattr(model, "reparameterize"):
+            model.reparameterize()
+        config = hfq.HfqConfig(method=case.method, **case.options)
+        data = None
+        if config.wants_data:
+            data = measure_vision.calibration(shared["data"], processor, config.calibration_samples)
+        cpu = time.process_time()
+        report = hfq.quantize(model, config, data)
+        row |= bench_rows.quantized_row(report, config, time.process_time() - cpu)
+    started = time.perf_counter()
+    found = measure_vision.row(case.name, model, pixels, labels, reference=reference)
+    row |= {key: found[key] for key in ("accuracy", "agreement", "kl") if key in found}
+    return row | {"evaluation_seconds": round(time.perf_counter() - started, 1), "machine": machine()}
+
+
+def _rescale(model: Any) -> None:
+    from hfq.evaluation.rescale import spread_norms
+    from hfq.integrations.models import repvgg
+
+    if isinstance(model, repvgg.RepVGGForImageClassification):
+        repvgg.unbalance(model)
+    elif any(hasattr(module, "layernorm_before") for module in model.modules()):
+        spread_norms(model)  # a CNN with normalisations that fold has nothing to rescale exactly
+
+
+def run(rows: Iterable[Case], data: str, count: int | None, output: Path, *,
+        progress: Callable[[int, str], Any] | None = None) -> list[dict[str, Any]]:
+    """Measure every row that ``output`` does not hold yet; see :func:`hfq.integrations.bench_rows.run`."""
+    inputs = {"data": data, "count": count}
+    return bench_rows.run(rows, inputs, output, module=__name__, protocol=PROTOCOL, progress=progress)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in Markdown, with the protocol and the machine under them."""
+    machines = sorted({row["machine"] for row in rows if row.get("machine")})
+    return "\n".join([markdown(rows), "", f"{PROTOCOL}. Measured on {'; '.join(machines)}."])
+
+
+def pivot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a method, one column a model and width: ``top-1 / same class as the float model``, in percent."""
+    cells: dict[tuple[str, str], str] = {}
+    columns: list[str] = []
+    labels: list[str] = []
+    for row in rows:
+        model, _, rest = row["name"].partition(": ")
+        label, _, width = rest.rpartition(", ")
+        column = f"{model} {width}"
+        same = f" / {100 * row['agreement']:.2f}" if row.get("agreement") is not None else ""
+        cells[label, column] = f"{100 * row['accuracy']:.2f}{same}"
+        columns += [column] if column not in columns else []
+        labels += [label] if label not in labels else []
+    lines = ["| method | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    lines += [f"| {label} | " + " | ".join(cells.get((label, column), "–") for column in columns) + " |"
+              for label in labels]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(bench_rows.child(measure))
