@@ -18,6 +18,7 @@ __all__ = [
     "checked",
     "join",
     "nominal_bits",
+    "resources",
     "site_bits",
     "stored_bits",
     "table",
@@ -97,23 +98,45 @@ def averages(sites: Iterable[Any], spec_for: Callable[[str], QuantSpec]) -> dict
     }
 
 
-def checked(scores: Scores, costs: Costs, budget: float) -> None:
+def resources(
+    costs: Costs | Mapping[str, Costs], budget: float | Mapping[str, float]
+) -> dict[str, tuple[Costs, float]]:
+    """Costs and budget of each resource: several if ``budget`` is a mapping (``costs`` then has a table for each of
+    its names), else the one, called "".
+
+    Raises:
+        ConfigError: the two name different resources, or there is none.
+    """
+    if not isinstance(budget, Mapping):
+        return {"": (costs, float(budget))}  # type: ignore[dict-item]
+    if not budget or set(budget) != set(costs):
+        raise ConfigError(f"budgets for {sorted(budget)} and costs for {sorted(costs)}: the same resources are needed")
+    return {name: (costs[name], float(limit)) for name, limit in budget.items()}  # type: ignore[misc]
+
+
+def checked(scores: Scores, costs: Costs, budget: float, what: str = "") -> None:
     """Refuse tables that do not belong together, and budgets that even the cheapest allocation exceeds.
+
+    Args:
+        what: the resource, for the message.
 
     Raises:
         ConfigError: with the names, or with the least budget that works.
     """
+    of = f" of {what}" if what else ""
     if set(scores) != set(costs):
-        raise ConfigError(f"scores and costs name different things: {sorted(set(scores) ^ set(costs))[:5]}")
+        raise ConfigError(f"scores and costs{of} name different things: {sorted(set(scores) ^ set(costs))[:5]}")
     for name, row in scores.items():
         if not row or set(row) != set(costs[name]):
-            raise ConfigError(f"{name}: scores for {sorted(row)} and costs for {sorted(costs[name])} bits")
+            raise ConfigError(f"{name}: scores for {sorted(row)} and costs{of} for {sorted(costs[name])} bits")
         if any(value != value for value in (*row.values(), *costs[name].values())):
-            raise ConfigError(f"{name}: a score or cost is not a number")
+            raise ConfigError(f"{name}: a score or cost{of} is not a number")
+    if budget != budget:
+        raise ConfigError(f"the budget{of} is not a number")
     least = sum(min(row.values()) for row in costs.values())
     if not fits(least, budget):
         raise ConfigError(
-            f"budget {budget:.6g} is below the least possible cost {least:.6g}: raise it or allow smaller widths"
+            f"budget{of} {budget:.6g} is below the least possible cost {least:.6g}: raise it or allow smaller widths"
         )
 
 

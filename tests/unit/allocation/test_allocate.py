@@ -193,3 +193,53 @@ def test_joined_costs() -> None:
     costs = {"a": {2: 1.0, 4: 2.0}, "b": {2: 10.0, 4: 20.0, 8: 40.0}}
     assert cost.join(costs, {"block": ["a", "b"]}) == {"block": {2: 11.0, 4: 22.0}}
     assert cost.nominal_bits(10, (2, 4)) == {2: 20.0, 4: 40.0}
+
+
+def several(seed: int) -> tuple[dict, dict]:
+    """Sizes and products with very different proportions: some names cost only the one, some only the other."""
+    draw = random.Random(seed)
+    scores, costs = {}, {"size": {}, "macs": {}}
+    for i in range(5):
+        weights, macs = draw.choice([0, 10, 40]), draw.choice([1, 7, 30])
+        loss = draw.random() * 10
+        scores[f"l{i}"] = {b: -loss * b for b in (2, 3, 4)}
+        costs["size"][f"l{i}"] = {b: float(weights * b) for b in (2, 3, 4)}
+        costs["macs"][f"l{i}"] = {b: float(macs * b * b) for b in (2, 3, 4)}
+    return scores, costs
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_several_budgets_hold_at_once_and_the_program_is_optimal(seed: int) -> None:
+    scores, costs = several(seed)
+    budget = {what: sum(row[3] for row in table.values()) for what, table in costs.items()}
+    chosen = program.allocate(scores, costs, budget)
+    for what, table in costs.items():
+        assert cost.total(table, chosen) <= budget[what]
+    rows = [[(scores[n][b], *(costs[w][n][b] for w in costs)) for b in scores[n]] for n in scores]
+    feasible = [pick for pick in itertools.product(*rows)
+                if all(sum(p[1 + i] for p in pick) <= limit for i, limit in enumerate(budget.values()))]
+    wanted = min(sum(p[0] for p in pick) for pick in feasible)
+    assert sum(scores[n][b] for n, b in chosen.items()) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_an_impossible_budget_says_the_smallest_feasible_one() -> None:
+    scores, costs = several(1)
+    least = {what: sum(row[2] for row in table.values()) for what, table in costs.items()}
+    with pytest.raises(ConfigError, match=f"budget of macs .* least possible cost {least['macs']:.6g}"):
+        program.allocate(scores, costs, {"size": 1e9, "macs": least["macs"] - 1})
+    with pytest.raises(ConfigError, match="same resources"):
+        program.allocate(scores, costs, {"size": 1e9})
+    # Each alone can be met, both together cannot: what is small is slow.
+    scores = {"a": {2: 0.0, 4: 1.0}}
+    opposed = {"size": {"a": {2: 2.0, 4: 4.0}}, "time": {"a": {2: 9.0, 4: 3.0}}}
+    with pytest.raises(ConfigError, match=r"smallest feasible ones in this proportion are 1.6 times.*size 4, time 3"):
+        program.allocate(scores, opposed, {"size": 2.5, "time": 5.0})
+    assert program.allocate(scores, opposed, {"size": 4.0, "time": 5.0}) == {"a": 4}
+
+
+def test_equal_scores_widen_the_earlier_names() -> None:
+    scores = {f"l{i}": {b: -float(b) for b in (3, 4, 5)} for i in range(4)}
+    costs = {name: {b: 10.0 * b for b in (3, 4, 5)} for name in scores}
+    assert program.allocate(scores, costs, 170.0) == {"l0": 5, "l1": 5, "l2": 4, "l3": 3} or list(
+        program.allocate(scores, costs, 170.0).values()) == sorted(
+        program.allocate(scores, costs, 170.0).values(), reverse=True)
