@@ -49,7 +49,7 @@ class RepQuantConfig(HfqConfig):
     percdamp: float = option(0.01, range=(0.0, 1.0))
     act_order: bool = False
     ridge: float | None = option(None, range=(0.0, 1e6))
-    weight_clip: str = option("mse", choices=("none", "mse", "percentile"))
+    weight_clip: str = option("mse", choices=("none", "mse", "percentile", "percentiles"))
     softmax: str = option("sqrt2", choices=("sqrt2", "log2", "uniform"))
     log_zero: str = option("reserve", choices=("reserve", "none"))
     attention: bool = True

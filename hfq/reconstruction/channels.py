@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-__all__ = ["Bounds", "channel_error", "fake_channels", "learn_bounds", "refit"]
+from hfq.calibration import ranges
+
+__all__ = ["Bounds", "channel_error", "clip_channels", "fake_channels", "learn_bounds", "refit"]
 
 _LEAST = 1e-5  # of a range
 
@@ -36,6 +39,37 @@ def channel_error(
     """``||(Q(X) - X) W^T||^2`` a row, with ``gram = W^T W`` of all readers."""
     error = fake_channels(rows, scale, zero, bits) - rows
     return ((error @ gram) * error).sum() / max(rows.shape[0], 1)
+
+
+def clip_channels(
+    rows: torch.Tensor, weights: Sequence[torch.Tensor], bits: int, shares: Sequence[float], *,
+    symmetric: bool = False, cap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Grids of the columns after their outliers are cut off: ``(scale [K], zero_point [K], share)``.
+
+    Of ``shares`` the one is taken whose grids leave the least error in the products: columns are clipped to their
+    quantiles ``1 - share`` and ``share``, and what is left gets its grids by ``ranges.fit_channels``.
+    A share of one clips nothing.
+
+    Args:
+        rows: ``[N, K]``.
+        weights: of all readers, floats, ``[out, K]`` each.
+        symmetric: all zero points in the middle.
+        cap: a column's range is at most this many times the median range; both ends shrink alike.
+    """
+    x, weights = rows.float().cpu(), [w.detach().float().cpu() for w in weights]
+    gram = sum((w.t() @ w for w in weights), torch.zeros(x.shape[1], x.shape[1]))
+    ordered = x.sort(dim=0).values
+    best: tuple[float, Any] = (math.inf, None)
+    for share in sorted(shares, reverse=True):  # of equal ones the one that clips least
+        low, high = ranges.quantiles(ordered, [1 - share]), ranges.quantiles(ordered, [share])
+        scale, zero = ranges.fit_channels(x if share == 1 else x.clamp(low, high), bits, symmetric=symmetric)
+        if cap is not None:
+            scale = scale * (cap * scale.median() / scale).clamp(max=1)
+        error = float(channel_error(x, gram, scale.float(), zero.float(), bits))
+        if error < best[0]:
+            best = (error, (scale, zero, share))
+    return best[1]  # type: ignore[no-any-return]
 
 
 def learn_bounds(

@@ -49,6 +49,7 @@ class Products:
         symmetric: grids of queries, keys and values.
         zero: how a logarithmic grid has zero, see :class:`hfq.formats.log.LogSpec`.
         observer: of the uniform ranges.
+        value_bits: of values and probabilities, if other than those of queries and keys.
     """
 
     bits: int
@@ -56,15 +57,20 @@ class Products:
     symmetric: bool = False
     zero: str = "reserve"
     observer: str = "percentile"
+    value_bits: int | None = None
+
+    def bits_of(self, side: str) -> int:
+        return self.bits if side in ("query", "key") or self.value_bits is None else self.value_bits
 
     @property
     def form(self) -> ActivationSpec | LogSpec | TwinSpec:
         """The format of the probabilities."""
+        bits = self.bits_of("probabilities")
         if self.probabilities in ("log2", "sqrt2"):
-            return LogSpec(self.bits, "2" if self.probabilities == "log2" else "sqrt2", self.zero)  # type: ignore[arg-type]
+            return LogSpec(bits, "2" if self.probabilities == "log2" else "sqrt2", self.zero)  # type: ignore[arg-type]
         if self.probabilities == "twin":
-            return TwinSpec(self.bits, 0, "magnitude")
-        return input_grid(self.bits)
+            return TwinSpec(bits, 0, "magnitude")
+        return input_grid(bits)
 
 
 def input_grid(bits: int, symmetric: bool = False) -> ActivationSpec:
@@ -141,9 +147,9 @@ def pack_products(
                         "without a cache")
         return False
     sample = static.observe_attention(step, name, seed=seed)
-    grid = input_grid(plan.bits, plan.symmetric)
+    grids = {side: input_grid(plan.bits_of(side), plan.symmetric) for side in ("query", "key", "value")}
     found: dict[str, Any] = {side: (grid, ranges.fit(getattr(sample, side), grid, plan.observer))
-                             for side in ("query", "key", "value")}
+                             for side, grid in grids.items()}
     found["probabilities"] = _probabilities(sample.probabilities, plan)
     found = found if fit is None else fit(sample, found)
     part = AttentionProducts(sample.query.shape[1], **{side: spec for side, (spec, _) in found.items()})

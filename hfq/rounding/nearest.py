@@ -17,7 +17,9 @@ from hfq.formats import PER_TENSOR, Codes, QuantSpec, affine
 
 __all__ = ["CLIPS", "fit_columns", "grid_of", "solve"]
 
-CLIPS = ("none", "mse", "mse2d", "percentile")
+CLIPS = ("none", "mse", "mse2d", "percentile", "percentiles")
+# The shares of which "percentiles" takes the best.
+_SHARES = (0.999, 0.9999, 0.99999)
 
 # Elements in flight at once: three float32 temporaries of this size stay in a core's second-level cache.
 _CHUNK_CPU = 1 << 16
@@ -52,7 +54,8 @@ def grid_of(
         clip: ``"none"`` covers minimum and maximum. ``"mse"`` shrinks both ends by ``1 - i/grid`` for
             ``i = 0 .. max_shrink * grid - 1`` and keeps the least ``sum |w - Q(w)|**norm``. ``"mse2d"`` tries every
             zero point with every range width (symmetric grids: the same as ``"mse"``; above 4 bits the zero points
-            are thinned to 16 a range). ``"percentile"`` covers the central ``2 * share - 1`` of the elements.
+            are thinned to 16 a range). ``"percentile"`` covers the central ``2 * share - 1`` of the elements,
+            ``"percentiles"`` takes of 0.999, 0.9999 and 0.99999 the share of the least squared error.
         norm: exponent of the error.
         share: the upper quantile that ``"percentile"`` keeps; its mirror image is the lower one.
         hessian_diag: ``[in_features]`` non-negative weights of the columns in the error (mean square of the inputs).
@@ -124,11 +127,15 @@ def _fit_chunk(
     share: float,
     weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if clip == "percentile":
-        last = x.shape[0] - 1
-        ordered = x.sort(dim=0).values
-        low, high = ordered[math.floor((1 - share) * last)], ordered[math.ceil(share * last)]
-        return affine.fit_range(low.clamp(max=0), high.clamp(min=0), spec)
+    if clip in ("percentile", "percentiles"):
+        last, ordered, candidates = x.shape[0] - 1, x.sort(dim=0).values, []
+        for kept in _SHARES if clip == "percentiles" else (share,):
+            low, high = ordered[math.floor((1 - kept) * last)], ordered[math.ceil(kept * last)]
+            scale, zero = affine.fit_range(low.clamp(max=0), high.clamp(min=0), spec)
+            candidates.append((scale, scale if zero is None else zero))
+        if len(candidates) > 1:
+            return _best(x, spec, candidates, 2, weights)
+        return candidates[0][0], None if spec.symmetric else candidates[0][1]
     low, high = x.amin(0).clamp(max=0), x.amax(0).clamp(min=0)
     fractions = 1 - torch.arange(max(1, int(max_shrink * grid)), device=x.device, dtype=x.dtype) / grid
     if clip == "mse2d" and not spec.symmetric:
