@@ -38,6 +38,8 @@ ROWS = {
         Row("gptq", {"observer": "percentile"}),
         Row("repquant", {"clip_steps": 10}),
         Row("noisyquant", QUICK),
+        Row("lrp_qvit", {"mixed": False, "clip_shares": [0.99, 1.0]}),
+        Row("mptq_vit", {"candidates": 12, "low": 0.4, "rounds": 1, "search_rows": 64}),
     )
 }
 PAPERS = [slug for slug in ROWS if slug not in ("rtn", "gptq")]
