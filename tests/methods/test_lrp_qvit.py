@@ -1,0 +1,224 @@
+"""LRP-QViT: what its specification says must hold, on tiny vision transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import hfq
+from hfq.allocation import cost, program, relevance, rules
+from hfq.calibration import ranges
+from hfq.errors import ConfigError
+from hfq.graph.absorb import Matrix, Norm
+from hfq.graph.links import Link, Pair
+from hfq.layers import attention, swap
+from hfq.reconstruction.channels import clip_channels
+from hfq.transforms import reparameterize
+
+OPTIONS: dict[str, Any] = {"progress": False, "calibration_batch_size": 8}
+IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+def make(kind: str = "vit", seed: int = 0, **more: Any) -> Any:
+    torch.manual_seed(seed)
+    if kind == "vit":
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32,
+            patch_size=8, num_labels=5, **more))  # fmt: skip
+    else:
+        model = transformers.SwinForImageClassification(transformers.SwinConfig(
+            embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=2, image_size=32, patch_size=4, mlp_ratio=2.0,
+            num_labels=5, **more))  # fmt: skip
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.LayerNorm) and not name.endswith("layernorm"):
+                gain = torch.exp(1.2 * torch.randn(module.weight.shape))
+                module.weight.mul_(gain)
+                module.bias.add_(gain * torch.randn(gain.shape))
+    return model.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IMAGES[:4]).logits
+
+
+@pytest.mark.must_hold("lrp_qvit", 1)
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_relevance_is_conserved(kind: str) -> None:
+    model = make(kind)
+    blocks = [n for n, _ in model.named_modules() if n.endswith(("vit.layers.0", "vit.layers.1", "blocks.0"))]
+    for dtype, at_end, inside in ((torch.float32, 1e-3, 0.05), (torch.float64, 1e-9, 1e-9)):
+        found = relevance.propagate(model, {"pixel_values": IMAGES[:2]}, dtype=dtype, watch=blocks)
+        assert len(found.sums) == 4
+        assert (found.sums[blocks[-1], "output"] - 1).abs().max() < at_end
+        for name in blocks:
+            assert (found.sums[name, "input"] - 1).abs().max() < inside
+
+
+@pytest.mark.must_hold("lrp_qvit", 2)
+def test_the_linear_rule_of_positive_numbers() -> None:
+    x, w, r = (torch.rand(*s, dtype=torch.float64) for s in ((6, 7), (5, 7), (6, 5)))
+    found = rules.positive(r, x, w, nn.functional.linear)
+    assert torch.allclose(found, x * ((r / (x @ w.t())) @ w), rtol=1e-12)
+    assert float(found.sum()) == pytest.approx(float(r.sum()), rel=1e-12)
+
+
+@pytest.mark.must_hold("lrp_qvit", 3)
+@pytest.mark.parametrize("score", relevance.SCORES)
+def test_shares(score: str) -> None:
+    model = make()
+    whole = relevance.shares(model, [{"pixel_values": IMAGES[:4]}], score=score, dtype=torch.float64)
+    parts = [{"pixel_values": IMAGES[i : i + 1]} for i in (3, 1, 0, 2)]
+    apart = relevance.shares(model, parts, score=score, dtype=torch.float64)
+    assert min(whole.shares.values()) >= 0 and sum(whole.shares.values()) == pytest.approx(1)
+    assert all(apart.shares[n] == pytest.approx(v, rel=1e-6, abs=1e-12) for n, v in whole.shares.items())
+    again = relevance.shares(model, [{"pixel_values": IMAGES[:4]}], score=score, dtype=torch.float64)
+    assert again.shares == whole.shares and whole.images == apart.images == 4
+
+
+@pytest.mark.must_hold("lrp_qvit", 4)
+def test_a_branch_that_is_switched_off_has_no_share() -> None:
+    model = make()
+    projection = model.vit.layers[0].attention.o_proj
+    with torch.no_grad():
+        projection.weight.zero_()
+        projection.bias.zero_()
+    found = relevance.shares(model, [{"pixel_values": IMAGES[:2]}]).shares
+    inside = [value for name, value in found.items() if name.startswith("vit.layers.0.attention.")]
+    assert len(inside) == 6 and max(inside) == 0 and found["vit.layers.0.mlp.fc2"] > 0
+
+
+def tables(omega: list[float]) -> tuple[dict, dict, dict]:
+    names = [f"l{i}" for i in range(len(omega))]
+    scores = {n: {b: -o * b for b in (3, 4, 5)} for n, o in zip(names, omega, strict=True)}
+    costs = {"size": {n: {b: 10.0 * b for b in (3, 4, 5)} for n in names},
+             "macs": {n: {b: 2.0 * b * b for b in (3, 4, 5)} for n in names}}
+    return scores, costs, {"size": 40.0 * len(names), "macs": 32.0 * len(names)}
+
+
+@pytest.mark.must_hold("lrp_qvit", 5)
+def test_the_program_keeps_both_budgets() -> None:
+    omega = torch.rand(9, generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = program.allocate(*tables(omega))
+    _, costs, budgets = tables(omega)
+    assert all(cost.total(costs[what], chosen) <= budgets[what] for what in budgets) and len(set(chosen.values())) > 1
+    assert set(program.allocate(*tables([1 / 9] * 9)).values()) == {4}
+    for i in range(9):
+        doubled = program.allocate(*tables([o * (2 if i == j else 1) for j, o in enumerate(omega)]))
+        assert doubled[f"l{i}"] >= chosen[f"l{i}"]
+    scores, costs, budgets = tables(omega)
+    wide = {"size": 50.0 * 9, "macs": 50.0 * 9}
+    assert set(program.allocate(scores, costs, wide).values()) == {5}
+
+
+@pytest.mark.must_hold("lrp_qvit", 6)
+def test_without_clipping_it_is_the_plain_reparameterization() -> None:
+    states = []
+    for config in (
+        hfq.LRPQViTConfig(mixed=False, clip_shares=[1.0], **OPTIONS),
+        hfq.RepQuantConfig(clip=False, reconstruction="nearest", weight_clip="percentiles", **OPTIONS),
+    ):
+        model = make()
+        hfq.quantize(model, config, IMAGES)
+        states.append(model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def toy(width: int = 24) -> tuple[nn.LayerNorm, nn.Linear, Pair, torch.Tensor]:
+    torch.manual_seed(0)
+    norm, linear = nn.LayerNorm(width).double(), nn.Linear(width, 7).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.exp(1.5 * torch.randn(width)))
+        norm.bias.copy_(3 * torch.randn(width))
+    whole = torch.arange(width)
+    pair = Pair("norm", "toy", [Link(Norm("norm", norm, bias="bias", centred=True), whole)],
+                [Link(Matrix("linear", linear), whole)], classes=width, proven=True)  # fmt: skip
+    return norm, linear, pair, 2 * torch.randn(400, width, dtype=torch.float64)
+
+
+@pytest.mark.must_hold("lrp_qvit", 7)
+def test_the_fold_of_clipped_grids_changes_nothing_and_keeps_the_codes() -> None:
+    norm, linear, pair, x = toy()
+    with torch.no_grad():
+        before, y = linear(norm(x)), norm(x)
+        scale, zero, share = clip_channels(y, [linear.weight], 4, (0.99, 0.999, 1.0))
+        grid = reparameterize.common_grid(scale, zero, 4)
+        codes = ((y / grid.channels).round() + grid.zeros).clamp(0, 15)
+        reparameterize.fold(pair, grid.ratio, grid.shift)
+        after = ((norm(x) / grid.scale).round() + grid.zero_point).clamp(0, 15)
+        assert (linear(norm(x)) - before).abs().max() < 1e-9 and share in (0.99, 0.999, 1.0)
+    assert float((codes != after).double().mean()) < 1e-5
+
+
+@pytest.mark.must_hold("lrp_qvit", 8)
+def test_constant_channels_and_outliers() -> None:
+    x = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 2.5
+    x[7, 5] = 100 * x[:, 5].abs().max()
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    ratio = {}
+    for name, shares in (("clipped", (0.99,)), ("plain", (1.0,))):
+        scale, zero, _ = clip_channels(x, [weight], 4, shares)
+        grid = reparameterize.common_grid(scale, zero, 4)
+        assert float(scale[3]) == pytest.approx(1e-5 / 15) and bool(torch.isfinite(grid.ratio).all())
+        spread = x.clone()
+        spread[:, 5] *= 1 if name == "clipped" else 1
+        ratio[name] = float(grid.ratio.max() / grid.ratio.median())
+    wide = ranges.fit_channels(x, 4, percentiles=(1.0,))[0]
+    assert ratio["clipped"] < ratio["plain"] or ratio["clipped"] < float(wide.max() / wide.median())
+    capped = clip_channels(x, [weight], 4, (1.0,), cap=1.5)[0]
+    assert float(capped.max()) <= 1.5 * float(clip_channels(x, [weight], 4, (1.0,))[0].median()) * (1 + 1e-9)
+
+
+@pytest.mark.must_hold("lrp_qvit", 9)
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_mixed_precision_is_no_larger_and_better_where_it_matters(kind: str) -> None:
+    found = {}
+    for name, mixed in (("mixed", True), ("uniform", False)):
+        model = make(kind)
+        config = hfq.LRPQViTConfig(mixed=mixed, objective="error", **OPTIONS)
+        report = hfq.quantize(model, config, IMAGES)
+        found[name] = config, report, {n: m.spec.bits for n, m in swap.packed_modules(model).items()}
+    config, report, bits = found["mixed"]
+    assert len(set(bits.values())) > 1 and config.average_bits["nominal"] <= 4
+    assert all(bits[n] == entry["bits"] for n, entry in config.bit_map.items() if n in bits)
+    stored = [sum(row.bits * row.numel for row in found[k][1].packed) for k in ("mixed", "uniform")]
+    assert stored[0] <= stored[1] + 8 * 2 * len(bits) * 64  # rows of odd widths end inside a byte
+    errors = [sum(config.scores[row.module] * row.error**2 for row in found[k][1].packed) for k in ("mixed", "uniform")]
+    assert errors[0] <= errors[1], errors
+
+
+@pytest.mark.must_hold("lrp_qvit", 10)
+def test_sixteen_bits() -> None:
+    model = make()
+    wanted = logits(model)
+    report = hfq.quantize(model, hfq.LRPQViTConfig(bits=16, activation_bits=16, **OPTIONS), IMAGES)
+    assert (logits(model) - wanted).abs().max() < 1e-3 and not report.packed and not attention.parts(model)
+
+
+def test_products_share_the_budget_and_maps_can_be_given(tmp_path: Any) -> None:
+    model = make("swin")
+    config = hfq.LRPQViTConfig(overrides={"re:.*reduction": {"bits": 8, "activation_bits": 8}}, **OPTIONS)
+    hfq.quantize(model, config, IMAGES)
+    assert model.swin.encoder.layers[0].downsample.reduction.spec.bits == 8
+    part = attention.installed(model.swin.encoder.layers[0].blocks[0].attention)
+    given = {side: spec.bits for side, spec in part.formats.items()}
+    name = "swin.encoder.layers.0.blocks.0.attention"
+    assert given["query"] == given["key"] == config.bit_map[f"{name}.scores"]["activation_bits"]
+    assert given["value"] == given["probabilities"] == config.bit_map[f"{name}.values"]["activation_bits"]
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    again = make("swin")
+    hfq.quantize(again, hfq.LRPQViTConfig(bit_map=config.bit_map, overrides=config.overrides, **OPTIONS), IMAGES)
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(ConfigError, match="widths"):
+        hfq.LRPQViTConfig(widths=[9])
+    with pytest.raises(ConfigError, match="least possible cost"):
+        hfq.quantize(make(), hfq.LRPQViTConfig(bits=4, widths=[5, 6], **OPTIONS), IMAGES)
