@@ -11,7 +11,6 @@ from torch import nn
 
 import hfq
 from hfq.allocation import cost, program, relevance, rules
-from hfq.calibration import ranges
 from hfq.errors import ConfigError
 from hfq.graph.absorb import Matrix, Norm
 from hfq.graph.links import Link, Pair
@@ -167,11 +166,8 @@ def test_constant_channels_and_outliers() -> None:
         scale, zero, _ = clip_channels(x, [weight], 4, shares)
         grid = reparameterize.common_grid(scale, zero, 4)
         assert float(scale[3]) == pytest.approx(1e-5 / 15) and bool(torch.isfinite(grid.ratio).all())
-        spread = x.clone()
-        spread[:, 5] *= 1 if name == "clipped" else 1
         ratio[name] = float(grid.ratio.max() / grid.ratio.median())
-    wide = ranges.fit_channels(x, 4, percentiles=(1.0,))[0]
-    assert ratio["clipped"] < ratio["plain"] or ratio["clipped"] < float(wide.max() / wide.median())
+    assert ratio["clipped"] < 0.1 * ratio["plain"]
     capped = clip_channels(x, [weight], 4, (1.0,), cap=1.5)[0]
     assert float(capped.max()) <= 1.5 * float(clip_channels(x, [weight], 4, (1.0,))[0].median()) * (1 + 1e-9)
 
