@@ -33,8 +33,8 @@ class Simulation:
 
     def __init__(
         self, model: nn.Module, groups: Sequence[Sequence[Any]], caches: Mapping[str, Rows],
-        weight_spec: Callable[[str, int], QuantSpec], input_spec: Callable[[Sequence[Any], int], Any], search: Search, *,
-        weighted: bool = True,
+        weight_spec: Callable[[str, int], QuantSpec], input_spec: Callable[[Sequence[Any], int], Any], search: Search,
+        *, weighted: bool = True,
     ) -> None:
         self.model, self.groups, self.caches, self.search = model, groups, caches, search
         self.weight_spec, self.input_spec, self.weighted = weight_spec, input_spec, weighted
