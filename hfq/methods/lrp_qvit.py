@@ -28,7 +28,7 @@ class LRPQViTConfig(HfqConfig):
         mixed: choose widths; else all layers have ``bits``.
         widths: of the weights; ``None`` for one below to one above ``bits``.
         score: how relevance is counted: "abs", "signed" or "grad".
-        objective: "bits" gives relevant layers the most bits; "error" expects errors to fall by four with every bit.
+        objective: "bits" gives relevant layers the most bits; "error" expects them to have errors of squared steps.
         mac_budget: also bound the mean of multiplications times both widths. Products of attentions have no weights:
             without it they keep ``activation_bits``.
         relevance_images: that relevance is averaged over, at most.
@@ -129,8 +129,8 @@ def _allocate(plan: Any, model: Any, data: Any, config: LRPQViTConfig, report: R
     share = {name: sum(found.shares.get(member, 0.0) for member in members) for name, members in units.items()}
     widths = sorted(set(config.widths or (bits for bits in (config.bits - 1, config.bits, config.bits + 1) if bits)))
     widths = [bits for bits in widths if bits <= 8]
-    scores = {name: {b: -share[name] * b if config.objective == "bits" else share[name] * 4.0**-b for b in widths}
-              for name in units}
+    worth = {b: -float(b) if config.objective == "bits" else (2.0**b - 1) ** -2 for b in widths}
+    scores = {name: {b: share[name] * worth[b] for b in widths} for name in units}
     costs = {"size": {name: {b: float(sizes[name] * b) for b in widths} for name in units}}
     budgets = {"size": float(config.bits * sum(sizes.values()))}
     if config.mac_budget and config.activation_bits != 16:
