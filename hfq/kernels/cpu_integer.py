@@ -1,8 +1,7 @@
 """CPU backends of the integer product: sums of integers by torch's byte product, ``_int_mm``.
 
-On CPUs without VNNI that product saturates sums of two products in 16 bits, which is a wrong number without a sign of
-it. What is exact is found out once, with the largest codes there are. There, codes of 8 bits are taken in two steps,
-their upper seven bits and the last one, unless the weight's codes are so small that nothing saturates.
+Where that product is not exact (:mod:`hfq.kernels.byte_mm`), codes of 8 bits are taken in two steps, their upper seven
+bits and the last one, unless the weight's codes are so small that nothing saturates.
 
 Scales in many groups that do not fold need a sum each. For few tokens all of them come from one product, of inputs
 that are laid out along a diagonal; for many, the scaling would take longer than the sums, and the same codes, exact in
@@ -11,19 +10,17 @@ float32, are multiplied in floating point with the scaled weight, some rows at a
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 
 from hfq.formats import ActivationCodes, ActivationSpec, activation
 from hfq.kernels import cpu_bytes, dispatch
+from hfq.kernels.byte_mm import exact_in_steps, exact_signed, exact_unsigned
 from hfq.kernels.cpu_bytes import UNPACKED, Form, form_of
 from hfq.kernels.dispatch import ANY_BITS, FLOATS, Case, Row
 from hfq.kernels.packed import Runtime
 from hfq.kernels.workspace import scratch
-
-__all__ = ["exact_in_steps", "exact_signed", "exact_unsigned"]
 
 # Sums of one part of the output (rows of x times columns): they stay in the second-level cache.
 CHUNK = 1 << 16
@@ -35,38 +32,6 @@ MOST_SUMS = 8
 DIAGONAL = 256
 # Up to so many rows unsigned codes multiply faster than signed ones on some CPUs, and the shift costs nothing.
 FEW = 2
-# Weights of this size never saturate: 255 * 64 * 2 < 2**15.
-NARROW = 64
-
-
-def _exact(activation: torch.dtype, low: int, high: int, weights: tuple[int, ...] = (-128, 127)) -> bool:
-    """Whether products of extreme codes are exact, in all kernels that sizes choose from."""
-    for m in (1, 3, 40, 130):
-        for k in (64, 200):
-            for a in (low, high):
-                for w in weights:
-                    x, weight = torch.full((m, k), a, dtype=activation), torch.full((48, k), w, dtype=torch.int8)
-                    if not bool((torch._int_mm(x, weight.t()) == a * w * k).all()):
-                        return False
-    return True
-
-
-@functools.cache
-def exact_unsigned() -> bool:
-    """Whether this process multiplies uint8 with int8 exactly."""
-    return _exact(torch.uint8, 0, 255)
-
-
-@functools.cache
-def exact_signed() -> bool:
-    """Whether this process multiplies int8 with int8 exactly."""
-    return _exact(torch.int8, -128, 127)
-
-
-@functools.cache
-def exact_in_steps() -> bool:
-    """Whether it does so for seven-bit activations, and for weights within ``NARROW``."""
-    return _exact(torch.uint8, 0, 127) and _exact(torch.uint8, 0, 255, (-NARROW, NARROW))
 
 
 # The product

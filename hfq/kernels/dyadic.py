@@ -7,8 +7,6 @@ depends on that row alone, so batch, padding, chunking and device do not change 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -23,10 +21,11 @@ from hfq.formats.dyadic import (
     rshift_round,
     shifted,
 )  # fmt: skip
+from hfq.kernels.byte_mm import integer_mm
 
 __all__ = [
     "UNIT", "add_residual", "attend", "check_accumulators", "exponential", "gated_relu", "gated_sigmoid",
-    "integer_mm", "narrow", "normalise", "product", "project", "project_narrow", "quantize_symmetric", "requantize",
+    "narrow", "normalise", "product", "project", "project_narrow", "quantize_symmetric", "requantize",
     "rotate", "softmax", "store",
 ]  # fmt: skip
 
@@ -38,59 +37,6 @@ _MASKED = -(1 << 30)
 
 
 # -- products --------------------------------------------------------------------------------------------------------
-@functools.cache
-def _saturates() -> bool:
-    """Whether torch's int8 product on this CPU saturates 16-bit partial sums (no dot product instructions)."""
-    ones = torch.full((4, 64), 127, dtype=torch.int8)
-    wide = torch.full((4, 64), 255, dtype=torch.uint8)
-    exact = torch._int_mm(wide, ones.t()) == 64 * 255 * 127
-    signed = torch._int_mm(-ones, ones.t()) == -64 * 127 * 127
-    return not bool((exact & signed).all())
-
-
-def integer_mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` exactly: uint8 or int8 ``[M, K]`` times int8 ``[K, N]`` (any strides), int32 ``[M, N]``."""
-    if not a.shape[0] or not b.shape[1] or not a.shape[1]:
-        return torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
-    if a.device.type != "cpu":
-        return _device_mm(a, b)
-    if a.shape[1] == 1:  # `_int_mm` mistakes a matrix of one column for its transpose
-        return a.to(torch.int32) * b.to(torch.int32)
-    if not _saturates():
-        return torch._int_mm(a.contiguous(), b)
-    if a.dtype == torch.int8:  # as unsigned, so that halves fit seven bits
-        moved = (a.to(torch.int16) + 128).to(torch.uint8)
-        return integer_mm(moved, b) - 128 * b.sum(0, dtype=torch.int32)
-    return 2 * torch._int_mm((a >> 1).contiguous(), b) + torch._int_mm((a & 1).contiguous(), b)
-
-
-def _device_mm(a: Tensor, b: Tensor) -> Tensor:
-    """The product of the CUDA libraries: signed, more than 16 rows, sizes in multiples of 8."""
-    correction = None
-    if a.dtype == torch.uint8:
-        a, correction = (a.to(torch.int16) - 128).to(torch.int8), 128 * b.sum(0, dtype=torch.int32)
-    (rows, inner), outer = a.shape, b.shape[1]
-    pad = (-inner % 8, max(24 - rows, -rows % 8), -outer % 8)
-    a = torch.nn.functional.pad(a, (0, pad[0], 0, pad[1]))
-    b = torch.nn.functional.pad(b.t(), (0, pad[0], 0, pad[2])).contiguous().t()
-    y = torch._int_mm(a, b)[:rows, :outer]
-    return y if correction is None else y + correction
-
-
-_LIBRARY = torch.library.Library("hfq", "FRAGMENT")
-_LIBRARY.define("integer_mm(Tensor a, Tensor b) -> Tensor")
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("integer_mm", integer_mm, _key)
-
-
-def _integer_mm_fake(a: Tensor, b: Tensor) -> Tensor:
-    torch._check(a.shape[1] == b.shape[0], lambda: f"{tuple(a.shape)} times {tuple(b.shape)}")
-    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.int32)
-
-
-torch.library.register_fake("hfq::integer_mm", _integer_mm_fake, lib=_LIBRARY)
-
-
 def check_accumulators(
     inner: int, left: int, right: int, weight_mantissa: int = 15, mantissa: int = 8, where: str = ""
 ) -> None:

@@ -17,7 +17,7 @@ from hfq.errors import KernelError
 from hfq.formats import bitpack, kv
 from hfq.formats.kv import Encoded, SideSpec, Tables
 from hfq.kernels import dispatch
-from hfq.kernels.cpu_integer import exact_unsigned
+from hfq.kernels.byte_mm import exact_unsigned
 from hfq.kernels.isa import isa
 from hfq.kernels.workspace import scratch
 

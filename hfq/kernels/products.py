@@ -22,7 +22,7 @@ from hfq.formats.activation import Parameters
 from hfq.formats.log import LogSpec
 from hfq.formats.twin import TwinSpec
 from hfq.kernels import dispatch
-from hfq.kernels.cpu_integer import exact_signed
+from hfq.kernels.byte_mm import integer_mm
 from hfq.kernels.dispatch import Case, Row
 from hfq.kernels.isa import isa
 
@@ -183,7 +183,7 @@ def _bytes(a: torch.Tensor, b: torch.Tensor, _: int) -> torch.Tensor:
             total = None
             for fa, xa in halves_a:
                 for fb, xb in halves_b:
-                    part = torch._int_mm(xa[i, j], xb[i, j])
+                    part = integer_mm(xa[i, j], xb[i, j])
                     part = part if fa * fb == 1 else part * (fa * fb)
                     total = part if total is None else total.add_(part)
             out[i, j] = total  # type: ignore[assignment]
@@ -243,7 +243,7 @@ dispatch.add_rows([
     Row("attention", "*", (torch.float32, torch.bfloat16, torch.float16), dispatch.ANY_BITS, "*", lambda case: True,
         "float_codes", "serves every shape"),
     Row("attention", "cpu", (torch.float32, torch.bfloat16, torch.float16), dispatch.ANY_BITS, "*",
-        lambda case: exact_signed(), "aten_int8", "torch's product of bytes is not exact on this CPU ({isa})"),
+        lambda case: True, "aten_int8", "serves every shape"),
     Row("attention", "*", (), dispatch.ANY_BITS, "*", lambda case: True, "reference", "serves everything"),
 ])  # fmt: skip
 

@@ -75,28 +75,6 @@ def ref_softmax(row: list[int], seen: list[bool], m: int, k: int, clip: tuple[in
 
 
 # -- products --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int8])
-def test_products_are_exact_at_the_extremes(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    low, high = (0, 255) if kind == torch.uint8 else (-128, 127)
-    a = torch.randint(low, high + 1, (5, 70)).to(kind)
-    a[0], a[1] = high, low
-    b = torch.randint(-128, 128, (70, 9)).to(torch.int8)
-    b[:, 0], b[:, 1] = 127, -128
-    exact = (a.long() @ b.long()).to(torch.int32)
-    assert torch.equal(dyadic.integer_mm(a, b), exact)
-    assert torch.equal(dyadic.integer_mm(a, b.t().contiguous().t()), exact)
-    one, row = a[:, :1].contiguous(), b[:1].t().contiguous().t()  # one column: strides that tell nothing
-    assert torch.equal(dyadic.integer_mm(one, row), (one.long() @ row.long()).to(torch.int32))
-    monkeypatch.setattr(dyadic, "_saturates", lambda: True)  # what older processors do
-    assert torch.equal(dyadic.integer_mm(a, b), exact)
-    assert dyadic.integer_mm(a[:0], b).shape == (0, 9)
-
-
-def test_the_product_is_an_operator() -> None:
-    a, b = torch.randint(0, 256, (4, 16)).to(torch.uint8), torch.randint(-127, 128, (16, 8)).to(torch.int8)
-    torch.library.opcheck(torch.ops.hfq.integer_mm.default, (a, b))
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_linear_layers_equal_python_integers(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)

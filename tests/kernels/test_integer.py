@@ -128,7 +128,7 @@ def test_nothing_saturates_on_cpus_without_vnni():
         "import torch\n"
         "from hfq import kernels\n"
         "from hfq.formats import ActivationSpec, QuantSpec, activation, affine, bitpack\n"
-        "from hfq.kernels import PackedWeight, cpu_integer, reference\n"
+        "from hfq.kernels import PackedWeight, byte_mm, reference\n"
         "torch.manual_seed(0)\n"
         "for spec in (QuantSpec(8, symmetric=True), QuantSpec(8), QuantSpec(7), QuantSpec(4, 64), QuantSpec(2)):\n"
         "    codes = affine.quantize(torch.randn(32, 256).sign(), spec)\n"
@@ -142,7 +142,7 @@ def test_nothing_saturates_on_cpus_without_vnni():
         "            want = reference.linear_int(activation.quantize(x, act), weight)\n"
         "            y = kernels.linear_int(x, runtime, None, act)\n"
         "            torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-4)\n"
-        "print(cpu_integer.exact_unsigned(), cpu_integer.exact_in_steps())\n"
+        "print(byte_mm.exact_unsigned(), byte_mm.exact_in_steps())\n"
     )
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)

@@ -12,7 +12,7 @@ from hfq.errors import KernelError
 from hfq.formats import ActivationSpec, activation, log, twin
 from hfq.formats.log import LogSpec
 from hfq.formats.twin import TwinSpec
-from hfq.kernels import products
+from hfq.kernels import byte_mm, products
 
 SIDE = {"asymmetric": ActivationSpec(8, False, "tensor", dynamic=False),
         "symmetric": ActivationSpec(6, True, "tensor", dynamic=False)}
@@ -94,6 +94,15 @@ def test_sums_stay_exact_beyond_what_float32_counts() -> None:
     wanted = torch.tensor([255 * 255 * tokens - 255, 255 * 255 * tokens], dtype=torch.float64).float()
     assert torch.equal(products._exact(a, b, 255 * 255)[0, 0, 0], wanted)
     assert torch.equal(products._bytes(a, b, 255 * 255)[0, 0, 0], wanted)
+
+
+def test_byte_products_are_exact_on_processors_that_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = case(tokens=4, keys=1)
+    with kernels.use(attention="aten_int8"):
+        wanted = products.attention_int(*given)
+        for probe in ("exact_signed", "exact_unsigned"):
+            monkeypatch.setattr(byte_mm, probe, lambda: False)
+        assert torch.equal(products.attention_int(*given), wanted)
 
 
 def test_masks_of_both_forms_agree() -> None:
