@@ -18,6 +18,7 @@ from hfq.calibration import ranks
 from hfq.calibration.capture import forward, quiet
 from hfq.calibration.step import Step, input_rows
 from hfq.errors import DataError, QuantizationError
+from hfq.kernels import products
 from hfq.layers import routing
 
 __all__ = [
@@ -226,13 +227,8 @@ def probabilities(
     """The softmax of an attention in float32, ``[batch, heads, queries, keys]``."""
     scaling = getattr(module, "scaling", None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scores = query.float() @ key.float().transpose(-1, -2) * scaling
-    if mask is not None:
-        mask = mask[..., : key.shape[-2]]
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
-    return scores.softmax(-1)
+    raw = query.float() @ products.repeated(key, query.shape[1]).float().transpose(-1, -2) * scaling
+    return products.scores_of(raw, mask)
 
 
 def observe_attention(step: Step, name: str, *, limit: int = LIMIT, seed: int = 0) -> AttentionSample:

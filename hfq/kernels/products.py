@@ -26,7 +26,7 @@ from hfq.kernels.byte_mm import integer_mm
 from hfq.kernels.dispatch import Case, Row
 from hfq.kernels.isa import isa
 
-__all__ = ["SIDES", "attention_float", "attention_int", "fake", "scores_of"]
+__all__ = ["SIDES", "attention_float", "attention_int", "fake", "repeated", "scores_of"]
 
 SIDES = ("query", "key", "value", "probabilities")
 Spec = ActivationSpec | LogSpec | TwinSpec
@@ -57,8 +57,8 @@ def scores_of(raw: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return raw.softmax(-1)
 
 
-def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Heads of keys and values that serve several heads of queries."""
+def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values ``[B, shared, K, D]`` as ``[B, heads, K, D]``: one of their heads serves several of queries."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
@@ -68,7 +68,7 @@ def attention_float(
 ) -> torch.Tensor:
     """The attention with every side on its grid, in floats: for gradients, and where a side has no grid."""
     q, k, v = (fake(x, specs[n], params[n]) for n, x in (("query", query), ("key", key), ("value", value)))
-    k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+    k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
     p = fake(scores_of(q @ k.transpose(-1, -2) * scaling, mask), specs["probabilities"], params["probabilities"])
     return p.to(v.dtype) @ v
 
@@ -123,7 +123,7 @@ def _reference(
     """Codes as the definition has them, products in float64; only the softmax is one of float32."""
     q, k, v = (activation.dequantize(activation.quantize(x, specs[n], params[n]), torch.float64)  # type: ignore[arg-type]
                for n, x in (("query", query), ("key", key), ("value", value)))  # fmt: skip
-    k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+    k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
     p = scores_of((q @ k.transpose(-1, -2) * scaling).float(), mask)
     spec, (scale, zero) = specs["probabilities"], params["probabilities"]
     if isinstance(spec, LogSpec):
@@ -203,7 +203,7 @@ def _attention(
     scaling: float, specs: Any, params: Mapping[str, Parameters],
 ) -> torch.Tensor:
     q, k, v = (_whole(x, specs[n], params[n]) for n, x in (("query", query), ("key", key), ("value", value)))
-    k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+    k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
     raw = product(q, k.transpose(-1, -2), specs["query"].max_code * specs["key"].max_code)
     raw = raw.mul_(params["query"][0].float() * params["key"][0].float() * scaling)
     total = None
