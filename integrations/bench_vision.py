@@ -22,7 +22,7 @@ from hfq.integrations.bench_tables import Case
 from hfq.integrations.inputs_vision import RECIPES, open_images
 from hfq.integrations.results import machine, markdown
 
-__all__ = ["MIXED", "PROTOCOL", "TABLES", "cases", "measure", "pivot", "run", "table"]
+__all__ = ["CARDS", "MIXED", "MODELS", "PROTOCOL", "TABLES", "TITLES", "cases", "measure", "pivot", "run", "table"]
 
 PROTOCOL = (
     "Top-1 of held-out images and share of them that get the float model's class, float32; calibration: 128 training "
@@ -131,6 +131,27 @@ def cnn(model: str) -> list[Case]:
 TABLES: dict[str, Callable[[str], list[Case]]] = {
     "widths": widths, "plain": plain, "mixed": mixed, "repquant": reparameterized, "noisyquant": noisy,
     "merged": merged, "cnn": cnn,
+}  # fmt: skip
+
+
+# The demo models that a table is meant for; any other model may be asked too.
+MODELS: dict[str, tuple[str, ...]] = {
+    "widths": ("vit", "swin"), "plain": ("vit", "swin"), "mixed": ("vit", "swin"), "repquant": ("vit", "swin"),
+    "noisyquant": ("vit", "swin"), "merged": ("repvgg",), "cnn": ("resnet",),
+}  # fmt: skip
+TITLES = {
+    "widths": "One width for weights and activations",
+    "plain": "The same models as they were trained, without the rescaling",
+    "mixed": "Widths chosen by layer against one width of the same size",
+    "repquant": "What each step of RepQuant does",
+    "noisyquant": "The same quantizer without and with a noisy bias",
+    "merged": "A RepVGG with merged branches",
+    "cnn": "A ResNet: one width for all layers, and chosen by layer",
+}
+# Model card to its tables.
+CARDS = {
+    "repquant": ("widths", "repquant"), "noisyquant": ("widths", "noisyquant"), "aphq_vit": ("widths",),
+    "lrp_qvit": ("mixed",), "mptq_vit": ("mixed",), "adaquant": ("cnn",), "cfws": ("merged",),
 }  # fmt: skip
 
 
