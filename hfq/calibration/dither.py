@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hfq.errors import ConfigError
-from hfq.formats import ActivationSpec, activation, twin
+from hfq.formats import ActivationSpec, activation, grids, twin
 from hfq.formats.activation import Parameters
 from hfq.formats.twin import TwinSpec
 
@@ -73,10 +73,6 @@ class Product:
 def _root(gram: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(gram.double())
     return (values.clamp(min=0).sqrt()[:, None] * vectors.t()).float()
-
-
-def fake(x: torch.Tensor, spec: Spec, params: Parameters) -> torch.Tensor:
-    return twin.fake(x, params[0], spec) if isinstance(spec, TwinSpec) else activation.fake(x, spec, params)
 
 
 def _scan(count: int, error: Callable[[int], float], coarse: int) -> int:
@@ -166,7 +162,7 @@ def search_noise(
     """
     step = float(params[0])
     clipped_before = saturated(product.rows, spec, params)
-    before = product.error(lambda x: fake(x, spec, params))
+    before = product.error(lambda x: grids.fake(x, spec, params))
 
     def vector(mean: float, size: float) -> torch.Tensor:
         return (mean + size * u.float()).half().float()
@@ -174,7 +170,7 @@ def search_noise(
     def error(noise: torch.Tensor) -> float:
         if not bool(noise.any()):
             return before
-        found = product.error(lambda x: fake(x + noise, spec, params) - noise)
+        found = product.error(lambda x: grids.fake(x + noise, spec, params) - noise)
         return found if found < before and saturated(product.rows + noise, spec, params) <= 2 * clipped_before else (
             float("inf"))  # fmt: skip
 

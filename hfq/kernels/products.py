@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from hfq.errors import KernelError
-from hfq.formats import ActivationSpec, activation, log, twin
+from hfq.formats import ActivationSpec, activation, grids, log, twin
 from hfq.formats.activation import Parameters
+from hfq.formats.grids import Grid
 from hfq.formats.log import LogSpec
 from hfq.formats.twin import TwinSpec
 from hfq.kernels import dispatch
@@ -26,23 +27,11 @@ from hfq.kernels.byte_mm import integer_mm
 from hfq.kernels.dispatch import Case, Row
 from hfq.kernels.isa import isa
 
-__all__ = ["SIDES", "attention_float", "attention_int", "fake", "repeated", "scores_of"]
+__all__ = ["SIDES", "attention_float", "attention_int", "repeated", "scores_of"]
 
 SIDES = ("query", "key", "value", "probabilities")
-Spec = ActivationSpec | LogSpec | TwinSpec
-Specs = Mapping[str, Spec]
+Specs = Mapping[str, Grid]
 _LARGEST = 1 << 24  # below it, float32 holds every whole number
-
-
-def fake(x: torch.Tensor, spec: Spec | None, params: Parameters | None) -> torch.Tensor:
-    """``x`` on its grid, in floats, with the gradients of the format; unchanged without one."""
-    if spec is None or params is None:
-        return x
-    if isinstance(spec, LogSpec):
-        return log.fake(x, params[0].to(x.device), spec)
-    if isinstance(spec, TwinSpec):
-        return twin.fake(x, params[0], spec)
-    return activation.fake(x, spec, params)
 
 
 def scores_of(raw: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -64,12 +53,16 @@ def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 def attention_float(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float,
-    specs: Mapping[str, Spec | None], params: Mapping[str, Parameters | None],
+    specs: Mapping[str, Grid | None], params: Mapping[str, Parameters | None],
 ) -> torch.Tensor:
     """The attention with every side on its grid, in floats: for gradients, and where a side has no grid."""
-    q, k, v = (fake(x, specs[n], params[n]) for n, x in (("query", query), ("key", key), ("value", value)))
+    def coded(x: torch.Tensor, name: str) -> torch.Tensor:
+        spec = specs[name]
+        return x if spec is None else grids.fake(x, spec, params[name])
+
+    q, k, v = coded(query, "query"), coded(key, "key"), coded(value, "value")
     k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
-    p = fake(scores_of(q @ k.transpose(-1, -2) * scaling, mask), specs["probabilities"], params["probabilities"])
+    p = coded(scores_of(q @ k.transpose(-1, -2) * scaling, mask), "probabilities")
     return p.to(v.dtype) @ v
 
 
@@ -146,7 +139,7 @@ def _whole(x: torch.Tensor, spec: ActivationSpec, params: Parameters) -> torch.T
 
 
 def _grids(
-    p: torch.Tensor, spec: Spec, params: Parameters
+    p: torch.Tensor, spec: Grid, params: Parameters
 ) -> list[tuple[torch.Tensor, torch.Tensor | float, int]]:
     """The probabilities as ``sum(factor * whole numbers)``: ``(numbers, factor, largest number)`` each."""
     scale, zero = params
@@ -253,7 +246,7 @@ dispatch.add_rows([
 _ZERO = ("reserve", "none", "repo")
 
 
-def _numbers(spec: Spec) -> list[int]:
+def _numbers(spec: Grid) -> list[int]:
     if isinstance(spec, LogSpec):
         return [1, spec.bits, spec.base == "sqrt2", _ZERO.index(spec.zero)]
     if isinstance(spec, TwinSpec):
@@ -261,7 +254,7 @@ def _numbers(spec: Spec) -> list[int]:
     return [0, spec.bits, spec.symmetric, 0]
 
 
-def _spec(numbers: list[int]) -> Spec:
+def _spec(numbers: list[int]) -> Grid:
     kind, bits, first, second = numbers
     if kind == 1:
         return LogSpec(bits, "sqrt2" if first else "2", _ZERO[second])  # type: ignore[arg-type]

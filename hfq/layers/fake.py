@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hfq.errors import QuantizationError
-from hfq.formats import ActivationSpec, activation, twin
+from hfq.formats import ActivationSpec, activation, grids
 from hfq.formats.twin import TwinSpec
 
 __all__ = ["fake_inputs", "fake_outputs"]
@@ -89,10 +89,7 @@ def _hook(
         if shared:
             return memo.fake(module, x, spec)
         given = None if params is None else tuple(t if t is None else t.to(x.device) for t in params)
-        if isinstance(spec, TwinSpec):
-            assert given is not None
-            return twin.fake(x, given[0], spec)
-        return activation.fake(x, spec, given, factor)  # type: ignore[arg-type]
+        return grids.fake(x, spec, given, factor)  # type: ignore[arg-type]
 
     def quantize(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hfq.errors import CheckpointError, ConfigError, HfqError, QuantizationError
-from hfq.formats import ActivationSpec, activation
+from hfq.formats import ActivationSpec, activation, grids
 from hfq.formats.activation import Parameters
 from hfq.formats.twin import TwinSpec
 from hfq.layers import manifest as record
@@ -162,9 +162,7 @@ def activation_of(name: str, entry: Mapping[str, Any]) -> InputSpec | None:
         form = given.get("form", "uniform")
         if form not in ("uniform", "twin"):
             raise CheckpointError(f"{name}: inputs of form {form!r}: the checkpoint needs a newer hfq")
-        if form == "twin":
-            return TwinSpec.from_dict(dict(given))
-        return ActivationSpec.from_dict({key: value for key, value in given.items() if key != "form"})
+        return grids.from_dict(given)  # type: ignore[return-value]
     except (TypeError, ValueError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{name}: its activation format in the manifest is not valid: {error}") from error
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from hfq.errors import CheckpointError, ConfigError, HfqError, QuantizationError
-from hfq.formats import ActivationSpec, activation
+from hfq.formats import ActivationSpec, activation, grids
 from hfq.formats.activation import Parameters
+from hfq.formats.grids import Grid
 from hfq.formats.log import LogSpec
 from hfq.formats.twin import TwinSpec
 from hfq.kernels import products
@@ -25,7 +26,6 @@ from hfq.report import Report, Row
 
 __all__ = ["AttentionProducts", "causal", "empty_products", "install"]
 
-Spec = ActivationSpec | LogSpec | TwinSpec
 # Options of attention functions that change the result and that these products do not know.
 _CHANGING = {"softcap", "position_bias", "s_aux", "sinks", "attention_sinks", "alibi", "block_mask", "score_mod"}
 
@@ -43,10 +43,10 @@ class AttentionProducts(AttentionQuant):
 
     def __init__(
         self, head_dim: int, *, query: ActivationSpec | None = None, key: ActivationSpec | None = None,
-        value: ActivationSpec | None = None, probabilities: Spec | None = None, device: Any = None,
+        value: ActivationSpec | None = None, probabilities: Grid | None = None, device: Any = None,
     ) -> None:
         super().__init__(head_dim)
-        self.formats: dict[str, Spec | None] = dict(zip(SIDES, (query, key, value, probabilities), strict=True))
+        self.formats: dict[str, Grid | None] = dict(zip(SIDES, (query, key, value, probabilities), strict=True))
         for name, spec in self.formats.items():
             if isinstance(spec, ActivationSpec) and (spec.dynamic or spec.granularity != "tensor"):
                 raise QuantizationError(f"{name}={spec}: products take a stored range a tensor")
@@ -154,7 +154,7 @@ class AttentionProducts(AttentionQuant):
         return ", ".join([str(self.head_dim), *parts])
 
 
-def _described(spec: Spec | None) -> dict[str, Any] | None:
+def _described(spec: Grid | None) -> dict[str, Any] | None:
     return None if spec is None else {"form": "uniform", **spec.to_dict()}
 
 
@@ -200,16 +200,7 @@ def empty_products(module: nn.Module, entry: Mapping[str, Any], name: str) -> At
         raise CheckpointError(f"{name} has quantized attention already, and otherwise than the manifest says")
     device = next((p.device for p in module.parameters()), None)
     try:
-        return AttentionProducts(entry["head_dim"], device=device, **{side: _spec(entry[side]) for side in SIDES})
-    except (ConfigError, QuantizationError, TypeError, AttributeError) as error:
+        sides: Any = {side: None if entry[side] is None else grids.from_dict(entry[side]) for side in SIDES}
+        return AttentionProducts(entry["head_dim"], device=device, **sides)
+    except (ConfigError, QuantizationError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the attention of {name!r} in the manifest cannot be built: {error}") from error
-
-
-def _spec(entry: Mapping[str, Any] | None) -> Any:
-    if entry is None:
-        return None
-    given = dict(entry)
-    form = given.pop("form", "uniform")
-    if form not in ("uniform", "log", "twin"):
-        raise ConfigError(f"form {form!r}: the checkpoint needs a newer hfq")
-    return {"uniform": ActivationSpec, "log": LogSpec, "twin": TwinSpec}[form].from_dict(given)
