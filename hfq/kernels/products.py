@@ -11,7 +11,7 @@ fast as the float product and has no overhead a head, so byte products, head by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,15 +54,20 @@ def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
 def attention_float(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float,
     specs: Mapping[str, Grid | None], params: Mapping[str, Parameters | None],
+    rounded: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The attention with every side on its grid, in floats: for gradients, and where a side has no grid."""
-    def coded(x: torch.Tensor, name: str) -> torch.Tensor:
+    """The attention with every side on its grid, in floats: for gradients, and where a side has no grid.
+
+    ``rounded(side, x)`` takes the place of the grids while these are being learned.
+    """
+    def coded(name: str, x: torch.Tensor) -> torch.Tensor:
         spec = specs[name]
         return x if spec is None else grids.fake(x, spec, params[name])
 
-    q, k, v = coded(query, "query"), coded(key, "key"), coded(value, "value")
+    rounded = rounded or coded
+    q, k, v = rounded("query", query), rounded("key", key), rounded("value", value)
     k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
-    p = coded(scores_of(q @ k.transpose(-1, -2) * scaling, mask), "probabilities")
+    p = rounded("probabilities", scores_of(q @ k.transpose(-1, -2) * scaling, mask))
     return p.to(v.dtype) @ v
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,21 +13,48 @@ from hfq.errors import QuantizationError
 from hfq.formats import ActivationSpec, activation, grids
 from hfq.formats.twin import TwinSpec
 
-__all__ = ["fake_inputs", "fake_outputs"]
+__all__ = ["Drop", "fake_inputs", "fake_outputs"]
+
+Given = activation.Parameters | Callable[[], activation.Parameters]
+
+
+class Drop:
+    """Leaves the rounding of single elements out, at random, in passes that record gradients.
+
+    Args:
+        share: probability with which an element keeps its unrounded value.
+        seed: of the draws; every device draws its own.
+    """
+
+    def __init__(self, share: float, seed: int = 0) -> None:
+        self.share, self.seed = share, seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __call__(self, x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        """``x`` where the draw says so, else ``rounded``."""
+        if not self.share or not torch.is_grad_enabled():
+            return rounded
+        if x.device not in self._generators:
+            self._generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
+        draw = torch.rand(x.shape, generator=self._generators[x.device], device=x.device)
+        return torch.where(draw < self.share, x, rounded)
 
 
 @contextmanager
 def fake_inputs(
     modules: Mapping[nn.Module, ActivationSpec | TwinSpec | None],
     factors: Mapping[nn.Module, torch.Tensor] | None = None,
-    params: Mapping[nn.Module, activation.Parameters] | None = None,
+    params: Mapping[nn.Module, Given] | None = None,
+    drop: Drop | None = None,
 ) -> Iterator[None]:
     """Inside the block, the first input of each module is quantized and dequantized before the module sees it.
 
     Args:
         modules: the grid of each module; ``None`` leaves it alone.
         factors: number of one element for the grids that have a factor; gradients reach it.
-        params: ``(scale, zero_point)`` for the static grids; gradients reach the scale.
+        params: ``(scale, zero_point)`` for the static grids, or a function that gives them anew at every call;
+            gradients reach both.
+        drop: leaves the rounding of single elements out.
 
     Raises:
         QuantizationError: a factor or stored parameters are missing, or given for a grid that takes none.
@@ -42,7 +69,7 @@ def fake_inputs(
                 what = "a factor" if spec.dynamic else "stored parameters"
                 raise QuantizationError(f"{type(module).__name__}: {what} and its activation format do not agree")
             handles.append(module.register_forward_pre_hook(
-                _hook(spec, params.get(module), factors.get(module), memo), with_kwargs=True))
+                _hook(spec, params.get(module), factors.get(module), memo, drop), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -82,13 +109,16 @@ class _Memo:
 
 
 def _hook(
-    spec: ActivationSpec | TwinSpec, params: activation.Parameters | None, factor: torch.Tensor | None, memo: _Memo
+    spec: ActivationSpec | TwinSpec, params: Given | None, factor: torch.Tensor | None, memo: _Memo, drop: Drop | None
 ) -> Any:
     def fake(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         shared = params is None and factor is None
-        if shared:
-            return memo.fake(module, x, spec)
-        given = None if params is None else tuple(t if t is None else t.to(x.device) for t in params)
+        rounded = memo.fake(module, x, spec) if shared else alone(x)
+        return rounded if drop is None else drop(x, rounded)
+
+    def alone(x: torch.Tensor) -> torch.Tensor:
+        now = params() if callable(params) else params
+        given = None if now is None else tuple(t if t is None else t.to(x.device) for t in now)
         return grids.fake(x, spec, given, factor)  # type: ignore[arg-type]
 
     def quantize(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

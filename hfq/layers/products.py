@@ -46,6 +46,8 @@ class AttentionProducts(AttentionQuant):
         value: ActivationSpec | None = None, probabilities: Grid | None = None, device: Any = None,
     ) -> None:
         super().__init__(head_dim)
+        # While grids are learned: ``rounded(side, x)`` gives what a side becomes.
+        self.rounded: Callable[[str, torch.Tensor], torch.Tensor] | None = None
         self.formats: dict[str, Grid | None] = dict(zip(SIDES, (query, key, value, probabilities), strict=True))
         for name, spec in self.formats.items():
             if isinstance(spec, ActivationSpec) and (spec.dynamic or spec.granularity != "tensor"):
@@ -110,6 +112,9 @@ class AttentionProducts(AttentionQuant):
         scaling = options.get("scaling")
         scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
         params = {name: self.range_of(name) for name in SIDES}
+        if self.rounded is not None:
+            out = products.attention_float(query, key, value, mask, scaling, self.formats, params, self.rounded)
+            return out.transpose(1, 2).contiguous(), None
         needs = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         whole = all(spec is not None for spec in self.formats.values())
         compute = products.attention_int if whole and not needs else products.attention_float

@@ -29,6 +29,8 @@ def fit(
     loss: Any = "mse",
     generator: torch.Generator | None = None,
     mix: float = 0.0,
+    targets: Sequence[torch.Tensor] | None = None,
+    float_inputs: Sequence[Any] | None = None,
     **options: Any,
 ) -> list[float]:
     """Train ``quantizers`` so that the block maps the quantized stream to the float stream's outputs.
@@ -38,20 +40,22 @@ def fit(
         quantizers: site name (or qualified name of a parameter) → module whose output replaces that weight. Sites
             give ``[out, in]``, banks of experts ``[E, out, in]``; the transposed layout is made here.
         mix: probability with which an element of the input is taken from the float stream.
+        targets, float_inputs: outputs and calls of another float block; default those of ``step``.
         options: the rest goes to :func:`hfq.reconstruction.loop.optimise`.
 
     Returns:
         The loss curve. The quantizers hold the best parameters; the block itself is not changed.
     """
     block = step.block
-    if mix and step.float_inputs is None:
+    float_inputs = step.float_inputs if float_inputs is None else float_inputs
+    if mix and float_inputs is None:
         raise QuantizationError(f"{block.name}: mixing inputs needs the float stream in the walk")
     device = device_of(block.module)
     forward = forward_with(block, list(quantizers))
     samples = Samples(
         step.inputs,
-        step.outputs,
-        float_inputs=step.float_inputs,
+        step.outputs if targets is None else targets,
+        float_inputs=float_inputs,
         mix=mix,
         mask=step.mask,
         device=device,

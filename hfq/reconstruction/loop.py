@@ -43,6 +43,8 @@ def optimise(
     parameters: Iterable[nn.Parameter] = (),
     penalty: Callable[[int], torch.Tensor | None] | None = None,
     keep: Literal["best", "last"] = "best",
+    constant: Callable[[str], bool] = lambda name: False,
+    relative: float | None = None,
     where: str = "",
 ) -> list[float]:
     """Train the quantizers on ``samples`` and leave them with the best parameters seen (or the last ones).
@@ -65,6 +67,9 @@ def optimise(
         parameters: trained as well; what they act on has to be part of ``forward``.
         penalty: ``penalty(step)`` is added to the loss of a step (``None`` adds nothing); not part of the curve.
         keep: "last" where a penalty changes over the steps, so that losses of different steps say nothing.
+        constant: whether the learning rate of a parameter, by name, stays as it is.
+        relative: the loss is divided by its value in the first step and multiplied with this number (so that a penalty
+            weighs the same for all); the curve too.
         where: named in errors.
 
     Returns:
@@ -80,9 +85,7 @@ def optimise(
     if not groups or steps == 0:
         return []
     adam = optimizer(groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
-    )
+    schedule = _schedule(adam, steps, [constant(name) for name in trained])
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     order = torch.randperm(samples.total, generator=generator).tolist()
     held = order[: round(holdout * samples.total)]
@@ -93,13 +96,11 @@ def optimise(
     for step in range(steps):
         adam.zero_grad(set_to_none=True)
         value = run.gradients(draw.next(), draw.seed(), list(trained.values()))
+        if relative is not None and step == 0 and value > 0:
+            value = run.rescale(relative / value, trained.values()) * value
         if penalty is not None and (extra := penalty(step)) is not None and extra.requires_grad:
             extra.backward()
-        if not math.isfinite(value):
-            raise QuantizationError(
-                f"{where or 'reconstruction'}: the loss is {value} in step {step}: use a smaller learning rate, or a "
-                "wider dtype (autocast=None)"
-            )
+        _check_loss(value, step, where)
         adam.step()
         schedule.step()
         curve.append(value)
@@ -125,7 +126,15 @@ class _Run:
         micro_batch: int | None,
     ) -> None:
         self.forward, self.quantizers, self.samples, self.loss = forward, dict(quantizers), samples, loss
-        self.autocast, self.micro_batch = autocast, micro_batch
+        self.autocast, self.micro_batch, self.scale = autocast, micro_batch, 1.0
+
+    def rescale(self, scale: float, trained: Iterable[nn.Parameter]) -> float:
+        """From now on, and in the gradients that there are, the loss is multiplied with ``scale``."""
+        self.scale = scale
+        for p in trained:
+            if p.grad is not None:
+                p.grad.mul_(scale)
+        return scale
 
     def trainable(self, more: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
         found, seen = {}, set()
@@ -140,7 +149,7 @@ class _Run:
         kind = self.samples.device.type
         with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
             pred = self.forward(weights, *part.call)
-        return self.loss(pred, part.target, part.mask)
+        return self.loss(pred, part.target, part.mask) * self.scale
 
     def gradients(self, numbers: list[int], seed: int, trained: list[nn.Parameter]) -> float:
         """Leave the gradient of the mean loss of these samples at ``trained``; returns the loss. Summed over ranks."""
@@ -214,6 +223,25 @@ class _Best:
         for kept, p in zip(self.kept, self.parameters, strict=True):
             p.copy_(kept)
             p.grad = None
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, steps: int, constant: list[bool]
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Rates that fall to 0 on a cosine, or stay, group by group."""
+
+    def cosine(step: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [(lambda _: 1.0) if stays else cosine for stays in constant])
+
+
+def _check_loss(value: float, step: int, where: str) -> None:
+    if not math.isfinite(value):
+        raise QuantizationError(
+            f"{where or 'reconstruction'}: the loss is {value} in step {step}: use a smaller learning rate, or a "
+            "wider dtype (autocast=None)"
+        )
 
 
 def _check(steps: int, batch_size: int, holdout: float, autocast: torch.dtype | None, samples: Samples) -> None:

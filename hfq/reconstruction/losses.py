@@ -12,7 +12,10 @@ import torch
 
 from hfq.errors import ConfigError
 
-__all__ = ["LOSSES", "Loss", "divergence", "get", "mse", "relative", "sum_of_squares", "token_relative"]
+__all__ = [
+    "LOSSES", "Loss", "divergence", "get", "mse", "relative", "sum_of_squares", "token_relative", "unit_mean",
+    "unit_rms", "weighted",
+]  # fmt: skip
 
 Loss = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
@@ -69,6 +72,40 @@ def divergence(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | No
         return each.mean()
     kept = mask.to(each.device)
     return ((each * kept).flatten(1).sum(1) / kept.flatten(1).sum(1).clamp(min=1)).mean()
+
+
+def weighted(weight: torch.Tensor | None = None, *, over_tokens: bool = False) -> Loss:
+    """A loss: squared error of every element times a weight (a second derivative), averaged over all elements.
+
+    Args:
+        weight: ``[1, ...]`` for all samples alike; ``None``: every sample has weights of its own, and a target holds
+            both side by side in its last axis, ``[B, ..., 2 C]``.
+        over_tokens: sum over axis 1 and average over the others.
+    """
+
+    def loss(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        factor = weight
+        if factor is None:
+            target, factor = target.chunk(2, -1)
+        square, counts = _squares(pred, target, mask)
+        square = square * factor.to(square)
+        if over_tokens:
+            return square.sum(1).mean()
+        return (square.reshape(len(square), -1).sum(1) / counts).mean()
+
+    return loss
+
+
+def unit_rms(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` scaled to a mean square of one; all zeros become ones."""
+    size = weight.double().square().mean().sqrt()
+    return torch.ones_like(weight) if not size > 0 else (weight.double() / size).to(weight.dtype)
+
+
+def unit_mean(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` (not negative) scaled to a mean of one; all zeros become ones."""
+    size = weight.double().mean()
+    return torch.ones_like(weight) if not size > 0 else (weight.double() / size).to(weight.dtype)
 
 
 LOSSES: dict[str, Loss] = {

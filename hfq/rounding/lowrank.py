@@ -34,14 +34,16 @@ def gate_start(fraction: torch.Tensor) -> torch.Tensor:
     return -torch.log((HIGH - LOW) / (fraction - LOW) - 1)
 
 
-def sharpness(step: int, steps: int, *, start: float = 20.0, end: float = 2.0, warmup: float = 0.2) -> float | None:
+def sharpness(
+    step: int, steps: int, *, start: float = 20.0, end: float = 2.0, warmup: float = 0.2, linear: bool = False
+) -> float | None:
     """Exponent of the penalty in optimiser step ``step`` (from 0): ``None`` (no penalty) in the first part of the
-    steps, then from ``start`` to ``end`` on half a cosine."""
+    steps, then from ``start`` to ``end`` on half a cosine, or on a line."""
     begin = warmup * steps
     if step < begin:
         return None
-    share = (step - begin) / max(steps - begin, 1)
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(share, 1.0)))
+    share = min((step - begin) / max(steps - begin, 1), 1.0)
+    return end + (start - end) * (1 - share if linear else 0.5 * (1 + math.cos(math.pi * share)))
 
 
 class _GatedRound(torch.autograd.Function):

@@ -6,7 +6,7 @@ from torch import nn
 
 from hfq.errors import QuantizationError
 from hfq.formats import ActivationSpec, activation
-from hfq.layers.fake import fake_inputs
+from hfq.layers.fake import Drop, fake_inputs
 
 
 def test_only_inside_the_block_and_only_the_modules_that_are_named():
@@ -60,3 +60,17 @@ def test_layers_that_read_one_tensor_share_its_grid_and_passes_do_not():
         with fake_inputs({first: ActivationSpec(4), second: ActivationSpec(3)}):
             first(x), second(x)
     assert len(calls) == 5
+
+
+def test_dropped_elements_keep_their_value_in_passes_with_gradients():
+    layer, x, spec = nn.Identity(), torch.randn(64, 64), ActivationSpec(3, True, "tensor", dynamic=False)
+    rounded = activation.fake(x, spec, (torch.tensor([0.5]), None))
+    runs = []
+    for _ in range(2):
+        with fake_inputs({layer: spec}, params={layer: lambda: (torch.tensor([0.5]), None)}, drop=Drop(0.3, seed=1)):
+            runs.append(layer(x))
+            with torch.no_grad():
+                assert torch.equal(layer(x), rounded)
+    assert torch.equal(*runs)
+    kept = (runs[0] == x) & (rounded != x)
+    assert bool((kept | (runs[0] == rounded)).all()) and 0.27 < float(kept.float().mean()) < 0.33

@@ -333,3 +333,14 @@ class _Nan(nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.value
+
+
+def test_a_relative_loss_starts_at_its_number_and_rates_may_stay() -> None:
+    module, inputs = nn.Linear(WIDTH, WIDTH), [torch.randn(8, WIDTH)]
+    site = SimpleNamespace(name="here", kind="linear", module=module)
+    curves = []
+    for scale in (1.0, 1000.0):
+        quantizer = DivisorRounding(module.weight, QuantSpec(3))
+        curves.append(layer.fit(site, quantizer, inputs, [module(x).detach() * scale for x in inputs], steps=4, lr=1e-3,
+                                batch_size=8, relative=2.0, constant=lambda name: True))
+    assert [curve[0] for curve in curves] == [2.0, 2.0] and min(curves[0]) < 2

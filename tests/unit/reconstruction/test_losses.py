@@ -44,3 +44,16 @@ def test_names() -> None:
     assert losses.get(losses.mse) is losses.mse
     with pytest.raises(ConfigError, match="token_relative"):
         losses.get("l3")
+
+
+def test_weights_of_elements() -> None:
+    shared = torch.rand(1, 5, 4, generator=torch.Generator().manual_seed(2))
+    own = torch.rand(6, 5, 4, generator=torch.Generator().manual_seed(3))
+    square = (PRED - TARGET) ** 2
+    torch.testing.assert_close(losses.weighted(shared)(PRED, TARGET), (square * shared).mean())
+    torch.testing.assert_close(losses.weighted()(PRED, torch.cat([TARGET, own], -1)), (square * own).mean())
+    torch.testing.assert_close(losses.weighted(shared, over_tokens=True)(PRED, TARGET), (square * shared).sum(1).mean())
+    torch.testing.assert_close(losses.weighted(torch.ones(1, 5, 4))(PRED, TARGET, MASK), losses.mse(PRED, TARGET, MASK))
+    assert float(losses.unit_rms(7 * shared).square().mean()) == pytest.approx(1, abs=1e-5)
+    assert float(losses.unit_mean(7 * shared).mean()) == pytest.approx(1, abs=1e-5)
+    assert torch.equal(losses.unit_rms(torch.zeros(1, 3)), torch.ones(1, 3))
