@@ -165,17 +165,11 @@ def _pack(step: Any, options: dict[str, dict[str, Any]], config: CrossQuantConfi
 
 def _without_data(model: Any, config: CrossQuantConfig, report: Report) -> None:
     """Dynamic mode asks nothing of the data: every site of the plan by itself."""
-    from types import SimpleNamespace
-
-    from hfq.layers import swap
-    from hfq.reconstruction.direct import pack_outside
+    from hfq.reconstruction.direct import WholeModel, pack_outside
     from hfq.reconstruction.divided import Group
 
     plan = config.plan(model)
     for block in plan.blocks:
-        step = SimpleNamespace(block=block, report=report)
-        step.swap = lambda site, codes, **more: swap.swap(model, site.name, codes, report, **more)
-        step.swap_experts = lambda site, codes, **more: swap.swap_experts(model, site.name, codes, report, **more)
         options = {}
         for site in block.sites:
             bits = config.activation_for(site.name)
@@ -183,5 +177,5 @@ def _without_data(model: Any, config: CrossQuantConfig, report: Report) -> None:
                 group = Group([site], {site.name: bits}, config.alpha)
                 options[site.name] = {"extra": group.extra, **_inputs(group, site, config)}
         with config.placement(block.module):
-            _pack(step, options, config)
+            _pack(WholeModel(model, report, block), options, config)
     pack_outside(plan, config, report, clip=config.clip)

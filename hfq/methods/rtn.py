@@ -44,19 +44,19 @@ class RTNConfig(HfqConfig):
 
 def quantize(model: Any, data: Any, config: RTNConfig, report: Report) -> None:
     """Replace every asked site of ``model`` by its packed layer, in place."""
-    from hfq.reconstruction.direct import pack_nearest
+    from hfq.reconstruction.direct import WholeModel, nearest_site
     from hfq.reconstruction.static import asks_inputs
 
     if asks_inputs(config):
         _with_inputs(model, data, config, report)
         return
-    plan = config.plan(model)
+    plan, whole = config.plan(model), WholeModel(model, report)
     places = [(block.module, block.sites) for block in plan.blocks] + [(site.module, [site]) for site in plan.outside]
     for module, sites in places:
         with config.placement(module):
             for site in sites:
                 clip = config.value_for(site.name, "clip")
-                pack_nearest(model, site, config.spec_for(site.name), report, clip=clip)
+                nearest_site(whole, site, config.spec_for(site.name), clip=clip)
 
 
 def _with_inputs(model: Any, data: Any, config: RTNConfig, report: Report) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,31 +15,30 @@ from hfq.report import Report
 from hfq.rounding import nearest
 
 __all__ = [
-    "embedding_spec", "expert_matrices", "nearest_block", "nearest_site", "pack_nearest", "pack_outside",
-    "site_matrix", "unpackable",
+    "WholeModel", "embedding_spec", "expert_matrices", "nearest_block", "nearest_site", "pack_outside", "site_matrix",
+    "unpackable",
 ]  # fmt: skip
 
 
-def pack_nearest(
-    model: nn.Module, site: Any, spec: QuantSpec, report: Report, *, clip: str = "none", reason: str = ""
-) -> None:
-    """Replace ``site`` by a packed layer with every weight at the closest point of its group's grid.
+@dataclass
+class WholeModel:
+    """Replaces sites of a model without a walk over it: stands where a walk's step does.
 
-    A kind of site that has no packed layer becomes a refused row of the report.
+    Attributes:
+        block: of the plan, where a whole one is packed.
     """
-    asked = spec.to_dict()
-    if site.kind == "experts":
-        codes = {
-            name: [nearest.solve(matrix, spec, clip=clip) for matrix in expert_matrices(site, name)]
-            for name in site.tensors
-        }
-        swap.swap_experts(model, site.name, codes, report, asked=asked, reason=reason)
-    elif why := unpackable(site):
-        report.refuse(site.name, why, kind=site.kind, asked=asked, numel=site.numel)
-    else:
-        spec = embedding_spec(site.weight, spec) if site.kind == "embedding" else spec
-        codes = nearest.solve(site_matrix(site), spec, clip=clip)
-        swap.swap(model, site.name, codes, report, asked=asked, reason=reason)
+
+    model: nn.Module
+    report: Report
+    block: Any = None
+
+    def swap(self, site: Any, codes: Any, **options: Any) -> nn.Module:
+        """Replace the module of ``site`` by its packed layer, see :func:`hfq.layers.swap.swap`."""
+        return swap.swap(self.model, site.name, codes, self.report, **options)
+
+    def swap_experts(self, site: Any, codes: Mapping[str, Any], **options: Any) -> nn.Module:
+        """Replace a bank of experts, see :func:`hfq.layers.swap.swap_experts`."""
+        return swap.swap_experts(self.model, site.name, codes, self.report, **options)
 
 
 def unpackable(site: Any) -> str:
@@ -91,9 +90,11 @@ def nearest_site(
     step: Any, site: Any, spec: QuantSpec, *, whole_scales: bool = False, options: Mapping[str, Any] | None = None,
     **search: Any,
 ) -> None:
-    """Replace one site of a walk's step by its packed layer, rounded to nearest; a refused row if there is none.
+    """Replace one site by its packed layer, every weight at the closest point of its group's grid; a refused row of the
+    report if there is no such layer.
 
     Args:
+        step: of a walk, or :class:`WholeModel`.
         whole_scales: snap the scales of a row's groups to small multiples of one step, and round again.
         options: what else ``step.swap`` (``step.swap_experts``) is told.
         search: of :func:`hfq.rounding.nearest.grid_of`.
@@ -115,13 +116,18 @@ def nearest_site(
         step.swap(site, codes(site_matrix(site), grid), **more)
 
 
-def pack_outside(plan: Any, config: Any, report: Report, *, clip: str = "none") -> None:
+def pack_outside(
+    plan: Any, config: Any, report: Report, *, clip: str = "none",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Round the sites outside the blocks to nearest: a walk over blocks has no inputs for them.
 
-    ``config`` gives ``spec_for(name)`` and ``placement(module)``.
+    Args:
+        config: gives ``spec_for(name)`` and ``placement(module)``.
+        options: of :func:`hfq.layers.swap.swap`, by site name.
     """
-    spec_for: Callable[[str], QuantSpec] = config.spec_for
+    whole, plain = WholeModel(plan.model, report), "outside the blocks: rounded to nearest, without calibration"
     for site in plan.outside:
         with config.placement(site.module):
-            pack_nearest(plan.model, site, spec_for(site.name), report, clip=clip,
-                         reason="outside the blocks: rounded to nearest, without calibration")
+            nearest_site(whole, site, config.spec_for(site.name), clip=clip,
+                         options={"reason": plain, **(options or {}).get(site.name, {})})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ from hfq.formats import ActivationSpec, QuantSpec
 from hfq.formats.activation import Parameters
 from hfq.formats.log import LogSpec
 from hfq.formats.twin import TwinSpec
-from hfq.layers import products, swap
+from hfq.layers import products
 from hfq.layers.inputs import InputSpec
 from hfq.layers.products import AttentionProducts
-from hfq.reconstruction import columns
+from hfq.reconstruction import columns, direct
 from hfq.reconstruction.columns import Solver
-from hfq.reconstruction.direct import nearest_site
 from hfq.report import Report
 
 __all__ = [
@@ -90,7 +88,7 @@ def round_nearest(spec_for: Callable[[str], QuantSpec], clip: Callable[[str], st
     def pack(step: Step, sites: Sequence[Any], options: Mapping[str, Mapping[str, Any]]) -> None:
         for site in sites:
             how = clip if isinstance(clip, str) else clip(site.name)
-            nearest_site(step, site, spec_for(site.name), clip=how, options=options.get(site.name))
+            direct.nearest_site(step, site, spec_for(site.name), clip=how, options=options.get(site.name))
 
     return pack
 
@@ -235,12 +233,9 @@ def pack_outside(
     left = [site for site in plan.outside if site.name not in known]
     known.update(outside_inputs(plan, batches, bits_for, observer=observer, symmetric=symmetric, seed=config.seed,
                                 only=left))
-    step = SimpleNamespace(report=report)
-    step.swap = lambda site, codes, **more: swap.swap(plan.model, site.name, codes, report, **more)
-    step.swap_experts = lambda site, codes, **more: swap.swap_experts(plan.model, site.name, codes, report, **more)
-    reason = "outside the blocks: rounded to nearest, inputs measured behind the packed blocks"
-    for site in plan.outside:
-        with config.placement(site.module):
-            nearest_site(step, site, config.spec_for(site.name), clip=clip,
-                         options={"reason": reason if site.name in known else "outside the blocks: rounded to nearest",
-                                  **known.get(site.name, {})})  # fmt: skip
+    reason = "outside the blocks: rounded to nearest"
+    measured = f"{reason}, inputs measured behind the packed blocks"
+    direct.pack_outside(plan, config, report, clip=clip, options={
+        site.name: {"reason": measured if site.name in known else reason, **known.get(site.name, {})}
+        for site in plan.outside
+    })
