@@ -14,8 +14,9 @@ from hfq.kernels import PackedWeight, Runtime, conv, dispatch
 from hfq.kernels.conv import Operand
 from hfq.kernels.geometry import Geometry
 from hfq.layers.inputs import describe_input
+from hfq.layers.one_weight import OneWeight
 from hfq.layers.online import OnlinePart
-from hfq.layers.packed import Memory, PackedModule
+from hfq.layers.packed import Memory
 from hfq.layers.slot import Slot
 
 __all__ = ["QConv2d", "geometry_of"]
@@ -51,7 +52,7 @@ def pads_of(module: nn.Module) -> tuple[int, int, int, int]:
     return (height, height, width, width)
 
 
-class QConv2d(PackedModule):
+class QConv2d(OneWeight):
     """``y = conv(Q(online(x)), W) + bias``, with a packed ``W`` ``[out_channels, in_channels / groups * kh * kw]``.
 
     With ``coarse``, ``W`` is the sum of two packed weights over one input: the whole kernel (slot "weight") and its
@@ -97,26 +98,7 @@ class QConv2d(PackedModule):
         self._pads = pads_of(module)
         if online is not None:
             self.online = online
-        if bias is True:
-            bias = torch.empty(rows, dtype=compute_dtype, device=device)
-        given = nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, torch.Tensor) else None
-        self.register_parameter("bias", given)
-
-    @property
-    def spec(self) -> QuantSpec:
-        return self.slots["weight"].spec
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The float weight ``[out, in / groups, kh, kw]``, ``compute_dtype``; dequantized when it is used."""
-        return self.weight_view("weight")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would register a Parameter under this name, or refuse to.
-        if name == "weight" and isinstance(value, torch.Tensor):
-            self.assign_weight("weight", value)
-        else:
-            super().__setattr__(name, value)
+        self._take_bias(bias, device)
 
     def assign_weight(self, key: str, value: torch.Tensor) -> None:
         if len(self.slots) > 1 and not torch.equal(value.to(self.device, self.compute_dtype), self.dequantize()):
@@ -175,12 +157,9 @@ class QConv2d(PackedModule):
         return conv.explain(self.operands()[0], M, dtype or self.compute_dtype, self.activation)
 
     def describe(self) -> dict[str, Any]:
-        slot, coarse = self.slots["weight"], self.slots.get("coarse")
+        coarse = self.slots.get("coarse")
         return {
-            "kind": self._kind, "in_features": slot.columns, "out_features": slot.rows,
-            "bias": self.bias is not None, "spec": slot.spec.to_dict(),
-            "online": None if self.online is None else self.online.describe(),
-            "activation": describe_input(self.activation),
+            **super().describe(), "activation": describe_input(self.activation),
             "coarse": None if coarse is None else {"taps": list(coarse.tail), "spec": coarse.spec.to_dict()},
         }
 

@@ -8,13 +8,13 @@ import torch
 
 from hfq import kernels
 from hfq.formats import QuantSpec
-from hfq.layers.packed import PackedModule
+from hfq.layers.one_weight import OneWeight
 from hfq.layers.slot import Slot
 
 __all__ = ["QEmbedding"]
 
 
-class QEmbedding(PackedModule):
+class QEmbedding(OneWeight):
     """Rows of a packed ``[num_embeddings, embedding_dim]``; only the rows asked for are unpacked.
 
     Args:
@@ -35,27 +35,6 @@ class QEmbedding(PackedModule):
         super().__init__(slots, compute_dtype=compute_dtype, device=device)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
 
-    @property
-    def spec(self) -> QuantSpec:
-        return self.slots["weight"].spec
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The float table, ``compute_dtype``; dequantized when it is used."""
-        return self.weight_view("weight")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and isinstance(value, torch.Tensor):
-            self.assign_weight("weight", value)
-        else:
-            super().__setattr__(name, value)
-
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Integer ids ``[...]`` to ``[..., embedding_dim]``."""
         return kernels.embedding(ids, self.packed()[0], self.compute_dtype)
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "kind": self._kind, "in_features": self.embedding_dim, "out_features": self.num_embeddings, "bias": False,
-            "spec": self.spec.to_dict(), "online": None,
-        }

@@ -12,14 +12,14 @@ from hfq.formats import QuantSpec
 from hfq.formats.twin import TwinSpec
 from hfq.kernels import twin
 from hfq.layers.inputs import InputSpec, describe_input
+from hfq.layers.one_weight import OneWeight
 from hfq.layers.online import OnlinePart
-from hfq.layers.packed import PackedModule
 from hfq.layers.slot import Slot
 
 __all__ = ["PackedMatrix", "QConv1D", "QLinear"]
 
 
-class PackedMatrix(PackedModule):
+class PackedMatrix(OneWeight):
     """``y = Q(online(x)) W^T + bias`` with a packed ``W`` ``[out_features, in_features]``.
 
     Args:
@@ -33,7 +33,6 @@ class PackedMatrix(PackedModule):
     """
 
     bias: nn.Parameter | None
-    _kind: str
     _transposed = False
     float_class: type[nn.Module] | None = None  # what `dequantize_modules` puts back; None: nn.Linear
 
@@ -47,28 +46,7 @@ class PackedMatrix(PackedModule):
         self.in_features, self.out_features = in_features, out_features
         if online is not None:
             self.online = online
-        if bias is True:
-            bias = torch.empty(out_features, dtype=compute_dtype, device=device)
-        if isinstance(bias, torch.Tensor):
-            self.register_parameter("bias", nn.Parameter(bias.detach(), requires_grad=False))
-        else:
-            self.register_parameter("bias", None)
-
-    @property
-    def spec(self) -> QuantSpec:
-        return self.slots["weight"].spec
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The float weight in the layout of the replaced module, ``compute_dtype``; dequantized when it is used."""
-        return self.weight_view("weight")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would register a Parameter under this name, or refuse to.
-        if name == "weight" and isinstance(value, torch.Tensor):
-            self.assign_weight("weight", value)
-        else:
-            super().__setattr__(name, value)
+        self._take_bias(bias, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, dtype of ``x`` (of the autocast region inside one)."""
@@ -85,12 +63,7 @@ class PackedMatrix(PackedModule):
         return kernels.linear(x, self.operand("weight"), self.bias)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "kind": self._kind, "in_features": self.in_features, "out_features": self.out_features,
-            "bias": self.bias is not None, "spec": self.spec.to_dict(),
-            "online": None if self.online is None else self.online.describe(),
-            "activation": describe_input(self.activation),
-        }
+        return {**super().describe(), "activation": describe_input(self.activation)}
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.bias is not None else ", no bias")

@@ -1,0 +1,51 @@
+"""What packed layers that stand for one float tensor have in common: weight, grid, bias, manifest entry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfq.formats import QuantSpec
+from hfq.layers.packed import PackedModule
+
+__all__ = ["OneWeight"]
+
+
+class OneWeight(PackedModule):
+    """Base of the packed layers with one float weight; its codes are in slot "weight"."""
+
+    _kind: str
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The grid of the codes."""
+        return self.slots["weight"].spec
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The float weight in the layout of the replaced module, ``compute_dtype``; dequantized when it is used."""
+        return self.weight_view("weight")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a Parameter under this name, or refuse to.
+        if name == "weight" and isinstance(value, torch.Tensor):
+            self.assign_weight("weight", value)
+        else:
+            super().__setattr__(name, value)
+
+    def _take_bias(self, bias: torch.Tensor | bool | None, device: Any) -> None:
+        """Register ``bias`` (``True`` for an empty one of ``compute_dtype``), or none."""
+        if bias is True:
+            bias = torch.empty(self.slots["weight"].rows, dtype=self.compute_dtype, device=device)
+        given = nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, torch.Tensor) else None
+        self.register_parameter("bias", given)
+
+    def describe(self) -> dict[str, Any]:
+        slot = self.slots["weight"]
+        return {
+            "kind": self._kind, "in_features": slot.columns, "out_features": slot.rows,
+            "bias": self._parameters.get("bias") is not None, "spec": slot.spec.to_dict(),
+            "online": None if self.online is None else self.online.describe(),
+        }
