@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from hfq.calibration import ranks
-from hfq.calibration.progress import atomic_file
-from hfq.errors import CheckpointError
+from hfq.calibration.files import as_json, read_state, same_run, write_state
 
 __all__ = ["Fits"]
 
@@ -29,7 +25,7 @@ class Fits:
 
     def __init__(self, folder: str | Path | None, fingerprint: Mapping[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
+        self.fingerprint = as_json(fingerprint)
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
@@ -44,17 +40,8 @@ class Fits:
         if self.folder is None or not ranks.broadcast(self._path(name).exists() if ranks.is_main() else None):
             return None
         path = self._path(name)
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                found = json.loads((file.metadata() or {})["hfq"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}): delete it to fit {name} again") from error
-        old = found["fingerprint"]
-        different = [key for key in sorted({*old, *self.fingerprint}) if old.get(key) != self.fingerprint.get(key)]
-        if different:
-            raise CheckpointError(f"{path} belongs to another run ({', '.join(different)} differ): use the same "
-                                  "settings to continue it, or delete the folder to start over")
+        tensors, found = read_state(path, f"fit {name} again")
+        same_run(str(path), found["fingerprint"], self.fingerprint, "folder")
         return tensors, found["values"]
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
@@ -62,7 +49,5 @@ class Fits:
         if self.folder is None or not ranks.is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        details = json.dumps({"fingerprint": self.fingerprint, "values": dict(values)})
         kept = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-        with atomic_file(self._path(name)) as temporary:
-            save_file(kept, temporary, metadata={"hfq": details})
+        write_state(self._path(name), kept, {"fingerprint": self.fingerprint, "values": dict(values)})

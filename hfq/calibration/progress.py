@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from hfq.calibration import ranks
 from hfq.calibration.cache import digest
+from hfq.calibration.files import as_json, atomic_file, read_state, same_run, write_state
 from hfq.errors import CheckpointError
 from hfq.layers import swap
 from hfq.report import Report, Row
 
-__all__ = ["Progress", "atomic_file", "state_digest"]
+__all__ = ["Progress", "state_digest"]
 
 _FINGERPRINT = "fingerprint.json"
 # Names of tensors beside the block's own: no module's tensor has a colon in its name.
@@ -37,24 +34,6 @@ def state_digest(module: nn.Module) -> str:
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
             total.update(name.encode() + digest(tensor))
     return total.hexdigest()
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name; the finished file appears under ``path`` at once or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Progress:
@@ -72,7 +51,7 @@ class Progress:
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any], names: list[str]) -> None:
         self.folder = Path(folder)
         self.names = names
-        self.fingerprint = json.loads(json.dumps({**fingerprint, "blocks": names}, sort_keys=True, default=str))
+        self.fingerprint = as_json({**fingerprint, "blocks": names})
         if ranks.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.tmp*"):
@@ -95,15 +74,7 @@ class Progress:
             saved = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{path} is damaged ({error}): delete the folder to start over") from error
-        different = [key for key in sorted({*saved, *self.fingerprint}) if saved.get(key) != self.fingerprint.get(key)]
-        if different:
-            shown = "; ".join(
-                f"{key} was {_short(saved.get(key))}, is {_short(self.fingerprint.get(key))}" for key in different
-            )
-            raise CheckpointError(
-                f"the progress in {self.folder} belongs to another run: {shown}. Use the same settings to continue it, "
-                "or delete the folder to start over"
-            )
+        same_run(f"the progress in {self.folder}", saved, self.fingerprint, "folder")
 
     def _path(self, name: str) -> Path:
         return (
@@ -143,8 +114,7 @@ class Progress:
         # Rotations of the stream belong to the stack: the recipe put them there before the walk.
         manifest = {**swap.describe(module), "rotations": []}
         details = {"before": before, "manifest": manifest, "rows": inside, "curves": curves, "notes": notes}
-        with atomic_file(self._path(name)) as temporary:
-            save_file(tensors, temporary, metadata={"hfq": json.dumps(details)})
+        write_state(self._path(name), tensors, details)
 
     def install(self, name: str, module: nn.Module, report: Report | None) -> dict[str, torch.Tensor]:
         """Turn the float block ``module`` into the finished one.
@@ -155,15 +125,7 @@ class Progress:
         Raises:
             CheckpointError: the float block is not the one that was quantized, or the file is damaged.
         """
-        path = self._path(name)
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                details = json.loads((file.metadata() or {})["hfq"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}): delete it to do this block and the following ones again"
-            ) from error
+        tensors, details = read_state(self._path(name), "do this block and the following ones again")
         if details["before"] != state_digest(module):
             raise CheckpointError(
                 f"the progress in {self.folder} was made from other weights: {name} differs. "
@@ -208,8 +170,3 @@ def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _belongs(name: str, block: str) -> bool:
     return name == block or name.startswith(block + ".")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from hfq.calibration import ranks
-from hfq.calibration.progress import atomic_file
+from hfq.calibration.files import as_json, read_state, same_run, write_state
 from hfq.errors import CheckpointError
 
 __all__ = ["Saved"]
@@ -31,7 +28,7 @@ class Saved:
 
     def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], every: int | None = None) -> None:
         self.path, self.every = Path(path), max(1, every or self.EVERY)
-        self.fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
+        self.fingerprint = as_json(fingerprint)
 
     def load(self, optimizer: torch.optim.Optimizer) -> list[float]:
         """Put a saved state into the optimiser and its parameters; the losses of the steps done (empty without one).
@@ -42,19 +39,12 @@ class Saved:
         found = ranks.broadcast(self.path.exists() if ranks.is_main() else None)
         if not found:
             return []
-        try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
-                details = json.loads((file.metadata() or {})["hfq"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{self.path} is damaged ({error}): delete it to train from the start") from error
-        old = details["fingerprint"]
-        different = [k for k in sorted({*old, *self.fingerprint}) if old.get(k) != self.fingerprint.get(k)]
+        tensors, details = read_state(self.path, "train from the start")
+        where = f"the training state in {self.path}"
+        same_run(where, details["fingerprint"], self.fingerprint, "file")
         parameters = _parameters(optimizer)
-        shapes = [list(p.shape) for p in parameters]
-        if different or details["shapes"] != shapes:
-            what = ", ".join(different) or "the shapes of what is trained"
-            raise CheckpointError(f"the training state in {self.path} belongs to another run ({what} differ): use the "
+        if details["shapes"] != [list(p.shape) for p in parameters]:
+            raise CheckpointError(f"{where} belongs to another run (the shapes of what is trained differ): use the "
                                   "same settings to continue it, or delete the file to start over")
         for number, p in enumerate(parameters):
             with torch.no_grad():
@@ -80,8 +70,7 @@ class Saved:
         shapes = [list(p.shape) for p in parameters]
         details = {"fingerprint": self.fingerprint, "curve": curve, "shapes": shapes}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"hfq": json.dumps(details)})
+        write_state(self.path, tensors, details)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

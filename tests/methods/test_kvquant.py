@@ -422,7 +422,7 @@ def test_stopped_and_resumed_is_uninterrupted(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     rows, wanted = model.hfq_report.rows, whole.hfq_report.rows
     assert rows == wanted and torch.equal(logits(model, ids(2)), logits(whole, ids(2)))
-    with pytest.raises(CheckpointError, match=r"kv_bits differ.*delete the folder"):
+    with pytest.raises(CheckpointError, match=r"kv_bits was 4, is 2.*delete the folder"):
         made(work_dir=tmp_path, kv_bits=2)
 
 

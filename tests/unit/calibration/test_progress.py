@@ -108,7 +108,7 @@ def test_a_failed_write_leaves_nothing(llama, batches, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hfq.calibration.progress.save_file", full)
+    monkeypatch.setattr("hfq.calibration.files.save_file", full)
     with pytest.raises(OSError, match="No space"):
         run(llama(), batches(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["fingerprint.json"]

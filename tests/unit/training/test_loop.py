@@ -200,7 +200,7 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     one = Setting()
     loop.fit(one.objective, one.optimizer(), [{"input_ids": IDS}], steps=1, saved=Saved(path, {"seed": 0}))
-    with pytest.raises(CheckpointError, match="another run .seed differ"):
+    with pytest.raises(CheckpointError, match="another run: seed was 0, is 1"):
         Saved(path, {"seed": 1}).load(one.optimizer())
     with pytest.raises(CheckpointError, match="shapes"):
         Saved(path, {"seed": 0}).load(torch.optim.Adam([nn.Parameter(torch.ones(2))]))
