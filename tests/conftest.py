@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 # Before torch is imported: the workers share the cores, and nothing but the package index may be reached.
@@ -11,6 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import copy
+import hashlib
+import inspect
 import random
 import subprocess
 import sys
@@ -41,6 +45,17 @@ class SmallLM(NamedTuple):
         from hfq.integrations.inputs import windows
 
         return windows(self.test if part == "test" else self.train, length, count, seed=seed)
+
+
+class SmallVision(NamedTuple):
+    """Tiny vision transformers that have learned something: which way the stripes in an image run.
+
+    ``make("vit" | "swin")`` gives a fresh float model, trained once (half a minute) and cached;
+    ``images(count, seed)`` gives ``pixel_values`` ``[count, 3, 32, 32]`` and the classes.
+    """
+
+    make: Callable[[str], Any]
+    images: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -107,3 +122,69 @@ def _fetched(what: str) -> Any:
         if os.environ.get("HFQ_REQUIRE_INPUTS") == "1":
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def small_vision() -> SmallVision:
+    """Trained tiny classifiers of images: relevance, gradients and sensitivities mean nothing in random ones."""
+    trained: dict[str, Any] = {}
+
+    def make(kind: str) -> Any:
+        if kind not in trained:
+            trained[kind] = _kept(kind)
+        return copy.deepcopy(trained[kind])
+
+    return SmallVision(make, _stripes)
+
+
+def _stripes(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spots of stripes in eight directions, of any place, width and contrast, under noise."""
+    random = torch.Generator().manual_seed(seed)
+    labels, axis = torch.arange(count) % 8, torch.arange(32.0) - 16
+    draw = torch.rand(6, count, 1, 1, 1, generator=random)
+    angle = math.pi * (labels.reshape(-1, 1, 1, 1) + 0.6 * draw[0] - 0.3) / 8
+    stripes = torch.sin((0.6 + 0.6 * draw[1]) * (axis * angle.cos() + axis[:, None] * angle.sin()) + 6.3 * draw[2])
+    spot = torch.exp(-((axis - 16 * draw[3] + 8) ** 2 + (axis[:, None] - 16 * draw[4] + 8) ** 2) / 72)
+    return (0.5 + draw[5]) * stripes * spot + 0.5 * torch.randn(count, 3, 32, 32, generator=random), labels
+
+
+def _kept(kind: str) -> Any:
+    """The trained model out of the cache, under a name that changes with what made it."""
+    from hfq.integrations.inputs import cache_folder, locked
+
+    recipe = "".join(inspect.getsource(part) for part in (_stripes, _untrained, _train))
+    path = cache_folder() / f"small-{kind}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}.pt"
+    with locked(path.stem), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = _untrained(kind)
+        if not path.exists():
+            _train(model)
+            torch.save(model.state_dict(), path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model.eval()
+
+
+def _untrained(kind: str) -> Any:
+    import transformers
+
+    common = {"image_size": 32, "num_labels": 8}
+    if kind == "vit":
+        return transformers.ViTForImageClassification(transformers.ViTConfig(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, patch_size=8, **common))
+    return transformers.SwinForImageClassification(transformers.SwinConfig(
+        embed_dim=16, depths=[1, 2], num_heads=[2, 4], window_size=4, patch_size=4, mlp_ratio=2.0, drop_path_rate=0.0,
+        **common))
+
+
+def _train(model: Any, steps: int = 300) -> None:
+    images, labels = _stripes(4096, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    model.train()
+    for _ in range(steps):
+        drawn = torch.randint(len(images), (64,))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images[drawn]).logits, labels[drawn]).backward()
+        optimizer.step()
+        schedule.step()

@@ -28,7 +28,8 @@ class LRPQViTConfig(HfqConfig):
         mixed: choose widths; else all layers have ``bits``.
         widths: of the weights; ``None`` for one below to one above ``bits``.
         score: how relevance is counted: "abs", "signed" or "grad".
-        objective: "bits" gives relevant layers the most bits; "error" expects them to have errors of squared steps.
+        objective: "error" lets relevant layers have the least squared steps, as errors go; "bits" gives them the most
+            bits, and so trades a bit that quarters an error for one that makes another four times as large.
         mac_budget: also bound the mean of multiplications times both widths. Products of attentions have no weights:
             without it they keep ``activation_bits``.
         relevance_images: that relevance is averaged over, at most.
@@ -50,7 +51,7 @@ class LRPQViTConfig(HfqConfig):
     mixed: bool = True
     widths: Sequence[int] | None = None
     score: str = option("abs", choices=("abs", "signed", "grad"))
-    objective: str = option("bits", choices=("bits", "error"))
+    objective: str = option("error", choices=("error", "bits"))
     mac_budget: bool = True
     relevance_images: int = option(128, range=(1, 1 << 20))
     range_images: int = option(32, range=(1, 1 << 20))
