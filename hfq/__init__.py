@@ -23,6 +23,7 @@ _PLAIN = {
     "HfqError": "hfq.errors",
     "KernelError": "hfq.errors",
     "QuantizationError": "hfq.errors",
+    "RecordedCalls": "hfq.integrations.calls",
     "Report": "hfq.report",
     "prepare_for_training": "hfq.integrations.peft",
     "push_to_hub": "hfq.integrations.hub",
@@ -50,12 +51,10 @@ def __getattr__(name: str) -> Any:
         importlib.import_module("hfq.integrations.registration").install_environment()
         return getattr(importlib.import_module(_GLUED[name]), name)
     if name in _PLAIN:
-        try:
-            return getattr(importlib.import_module(_PLAIN[name]), name)
-        except ModuleNotFoundError as error:
-            if error.name != _PLAIN[name]:
-                raise
-            raise AttributeError(f"hfq {__version__} has no {name!r} yet") from None
+        found = getattr(importlib.import_module(_PLAIN[name]), name, None)
+        if found is None:
+            raise AttributeError(f"hfq {__version__} has no {name!r} yet")
+        return found
     if name.endswith("Config"):
         table = importlib.import_module("hfq.methods")
         slug = table.config_names().get(name)

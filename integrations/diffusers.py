@@ -7,9 +7,11 @@ recorded calibration data.
 from __future__ import annotations
 
 import json
+import weakref
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 
@@ -33,6 +35,7 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
         self._packed: dict[str, torch.dtype] = {}
         self._header: dict[str, str] = {}
         self._report: Any = None
+        self._model: Any = lambda: None
 
     # -- loading ------------------------------------------------------------------------------------------------
 
@@ -84,6 +87,7 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
         model.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self._model = weakref.ref(model)
         if not self.pre_quantized:
             from hfq import api
             from hfq.integrations.registration import install_environment
@@ -115,6 +119,10 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
         metadata = {"hfq_format_version": str(self.quantization_config.format_version)}
         if self._report is not None:
             metadata["hfq_report"] = json.dumps(self._report.to_dict(), separators=(",", ":"), allow_nan=False)
+        model = self._model()
+        if model is not None and any(tensor.is_meta for tensor in state_dict.values()):
+            # Weights that are on their device only while their layer runs: diffusers would try to save the empty ones.
+            state_dict = get_state_dict_offloaded_model(model)
         return state_dict, metadata
 
     # -- the rest of the contract -------------------------------------------------------------------------------
@@ -149,6 +157,7 @@ def attach(model: Any, config: HfqConfig) -> None:
     if not isinstance(quantizer, HfqDiffusersQuantizer):
         quantizer = HfqDiffusersQuantizer(config, pre_quantized=True)
     quantizer._report = getattr(model, "hfq_report", None)
+    quantizer._model = weakref.ref(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hfq.api import Environment
+from hfq.calibration.data import Batches
 from hfq.config import HfqConfig
 from hfq.errors import DataError
 
@@ -57,7 +58,7 @@ def load_processor(model: Any, config: HfqConfig, data: Any = None) -> Any:
 def _may_hold_text(data: Any) -> bool:
     import torch
 
-    if isinstance(data, torch.Tensor):
+    if isinstance(data, (torch.Tensor, Batches)):
         return False
     first = data[0] if isinstance(data, (list, tuple)) and data else data
     if isinstance(first, Mapping):

@@ -14,10 +14,12 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import copy
 import hashlib
+import importlib.util
 import inspect
 import random
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,3 +190,15 @@ def _train(model: Any, steps: int = 300) -> None:
         torch.nn.functional.cross_entropy(model(images[drawn]).logits, labels[drawn]).backward()
         optimizer.step()
         schedule.step()
+
+
+@pytest.fixture(scope="session")
+def zoo() -> types.ModuleType:
+    """Tiny pipelines of diffusers: ``tests/integrations/pipeline_zoo.py``."""
+    pytest.importorskip("diffusers")
+    file = ROOT / "tests" / "integrations" / "pipeline_zoo.py"
+    spec = importlib.util.spec_from_file_location("hfq_pipeline_zoo", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

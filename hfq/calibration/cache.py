@@ -105,14 +105,16 @@ class Store:
     Args:
         limit: bytes kept in memory; ``None`` for no limit.
         folder: where files go; a fresh temporary folder inside it is made on the first spill and removed at the end.
+        keep: the files are a result: they go into ``folder`` itself, and stay.
     """
 
-    def __init__(self, limit: int | None = None, folder: str | Path | None = None) -> None:
+    def __init__(self, limit: int | None = None, folder: str | Path | None = None, *, keep: bool = False) -> None:
         self.limit = limit
         self.bytes = 0
         self.spilled = 0
         self._parent = folder
-        self._folder: Path | None = None
+        self._folder: Path | None = Path(folder) if keep and folder is not None else None
+        self._keep = self._folder is not None
         self._count = 0
         self._by_content: dict[bytes, Stored] = {}
 
@@ -162,7 +164,7 @@ class Store:
 
     def close(self) -> None:
         self._by_content.clear()
-        if self._folder is not None:
+        if self._folder is not None and not self._keep:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
@@ -171,7 +173,7 @@ class Store:
             self._folder = Path(tempfile.mkdtemp(prefix="hfq-activations-", dir=self._parent))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         assert stored.tensor is not None
-        stored.file = self._folder / f"{self._count}.safetensors"
+        stored.file = self._folder / f"{self._count:06d}.safetensors"
         self._count += 1
         save_file({"x": stored.tensor.to("cpu").contiguous()}, stored.file)
         stored.tensor = None

@@ -55,17 +55,17 @@ class Batches(Sequence[dict[str, Any]]):
 
     @property
     def samples(self) -> int:
-        return sum(row_forms.batch_rows(batch) for batch in self.items)
+        return sum(row_forms.batch_rows(batch) for batch in self)
 
     @property
     def tokens(self) -> int:
         """Tokens without padding; for data that is not tokens, the number of samples."""
-        return sum(row_forms.batch_tokens(batch) for batch in self.items)
+        return sum(row_forms.batch_tokens(batch) for batch in self)
 
     @property
     def sha256(self) -> str:
         total = hashlib.sha256()
-        for batch in self.items:
+        for batch in self:
             for path, tensor in leaves(batch):
                 total.update(repr(path).encode() + digest(tensor))
         return total.hexdigest()
