@@ -105,8 +105,10 @@ def quantize(model: Any, data: Any, config: KVQuantConfig, report: Report) -> No
         return
     form, options = config.form(), config.walk_options()
     places = kv_install.places(model, config.one_call(model, data), pre_rope=form.pre_rope)
-    fits = Fits(options["progress_dir"],
-                {**options["fingerprint"], "data": data.sha256, "model": state_digest(model)})
+    folder, run = options["progress_dir"], {}
+    if folder is not None:  # (a digest reads the whole model)
+        run = {**options["fingerprint"], "data": data.sha256, "model": state_digest(model)}
+    fits = Fits(folder, run)
     done = {place.name: found for place in places if (found := fits.read(place.name)) is not None}
     left = [place for place in places if place.name not in done]
     learned = config.datatype == "nuq"

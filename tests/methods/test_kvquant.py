@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hfq
-from hfq.calibration import keys
+from hfq.calibration import keys, progress
 from hfq.calibration.data import normalise
 from hfq.errors import CheckpointError, ConfigError
 from hfq.evaluation.perplexity import perplexity
@@ -450,6 +450,16 @@ WRONG = [
 def test_wrong_options_are_named(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         hfq.KVQuantConfig(**options)
+
+
+def test_the_model_is_hashed_only_for_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    digest = progress.state_digest
+    monkeypatch.setattr(progress, "state_digest", lambda model: seen.append("model") or digest(model))
+    quantized(fit_tokens=64)
+    assert not seen
+    quantized(fit_tokens=64, work_dir=tmp_path)
+    assert seen == ["model"]
 
 
 def test_the_report_counts_bits_and_errors() -> None:
