@@ -151,7 +151,7 @@ class HfqConfig(QuantizationConfigMixin):
 
     def _check_value(self, f: Field[Any], value: Any, hint: Any, label: str) -> None:
         if not accepts(value, hint) or not in_range(value, f.metadata):
-            raise ConfigError(f"{label}={value!r} of {type(self).__name__}: {allowed(hint, f.metadata)} is allowed")
+            raise ConfigError(f"{label}={value!r} of {type(self).__name__}: {allowed(hint, f.metadata)}")
 
     def _check_overrides(self, hints: dict[str, Any]) -> None:
         known = {f.name: f for f in fields(self) if f.metadata.get("per_module")}

@@ -19,7 +19,7 @@ _NAMES = {bool: "True or False", int: "an integer", float: "a finite number", st
 
 
 def option(default: Any, *, range: tuple[float, float] | None = None, choices: Sequence[Any] | None = None,
-           also: Sequence[Any] = (), saved: bool = True, per_module: bool = False) -> Any:
+           also: Sequence[Any] = (), saved: bool = True, per_module: bool = False, why: str = "") -> Any:
     """A field of a Config class, with the values it allows.
 
     Args:
@@ -29,8 +29,10 @@ def option(default: Any, *, range: tuple[float, float] | None = None, choices: S
         also: values allowed besides ``range`` (16 bits as "off").
         saved: whether the field is part of ``to_dict``.
         per_module: whether ``overrides`` may set it for single modules.
+        why: the reason of the limits and what to use instead, for the error message.
     """
-    metadata = {"range": range, "choices": choices, "also": tuple(also), "saved": saved, "per_module": per_module}
+    metadata = {"range": range, "choices": choices, "also": tuple(also), "saved": saved, "per_module": per_module,
+                "why": why}  # fmt: skip
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata, repr=saved)
     return field(default=default, metadata=metadata, repr=saved)
@@ -86,14 +88,15 @@ def in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
 
 
 def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
-    """What :func:`accepts` and :func:`in_range` let through, in words."""
+    """What :func:`accepts` and :func:`in_range` let through, and why no more, in words."""
     limits, choices = metadata.get("range"), metadata.get("choices")
     also = "".join(f" or {value!r}" for value in metadata.get("also", ()))
     none = " or None" if type(None) in get_args(hint) else ""
+    end = f"{also}{none} is allowed" + (f": {metadata['why']}" if metadata.get("why") else "")
     if choices is not None:
-        return f"one of {', '.join(map(repr, choices))}{also}{none}"
+        return f"one of {', '.join(map(repr, choices))}{end}"
     words = _words(hint)
-    return (f"{words} from {_number(limits[0])} to {_number(limits[1])}{also}" if limits is not None else words) + none
+    return (f"{words} from {_number(limits[0])} to {_number(limits[1])}" if limits is not None else words) + end
 
 
 def _number(value: float) -> str:

@@ -186,25 +186,28 @@ def whole_model_trained() -> list[Case]:
 def caches() -> list[Case]:
     """Quantized keys and values of every scored token: KVQuant, a range a token, windows of 32 tokens a channel; and
     what each part of KVQuant adds to a range a token, at 3 bits."""
+    def cache(name: str, **options: Any) -> Case:
+        return case(name, "kvquant", bits=16, group_size=-1, **options)
+
     plain = {"datatype": "int", "outliers": 0.0, "sink": 0, "pre_rope": False}
     token = {**plain, "key_axis": "token"}
     windows = {**plain, "key_axis": "window", "value_group": 32}
     rows = [Case("float")]
     for bits in (4, 3, 2):
         rows += [
-            case(f"KVQuant, cache of {bits} bits", "kvquant", bits=16, kv_bits=bits),
-            case(f"range a token, cache of {bits} bits", "kvquant", bits=16, kv_bits=bits, **token),
-            case(f"windows of 32 tokens, cache of {bits} bits", "kvquant", bits=16, kv_bits=bits, **windows),
+            cache(f"KVQuant, cache of {bits} bits", kv_bits=bits),
+            cache(f"range a token, cache of {bits} bits", kv_bits=bits, **token),
+            cache(f"windows of 32 tokens, cache of {bits} bits", kv_bits=bits, **windows),
         ]
     steps: list[tuple[str, dict[str, Any]]] = [
         ("range a channel for keys", plain), ("+ keys before RoPE", {**plain, "pre_rope": True}),
         ("+ codebook", {"outliers": 0.0, "sink": 0}), ("+ outliers", {"sink": 0}),
     ]
-    rows += [case(f"{name}, 3 bits", "kvquant", bits=16, kv_bits=3, **options) for name, options in steps]
+    rows += [cache(f"{name}, 3 bits", kv_bits=3, **options) for name, options in steps]
     # With few heads 1 % is a slot or none; the paper keeps 5 first tokens for long contexts.
     rows += [
-        case(f"KVQuant, {share} % outliers, 5 first tokens, cache of {bits} bits", "kvquant", bits=16, kv_bits=bits,
-             outliers=share / 100, sink=5, fit_tokens=tokens)
+        cache(f"KVQuant, {share} % outliers, 5 first tokens, cache of {bits} bits", kv_bits=bits, outliers=share / 100,
+              sink=5, fit_tokens=tokens)
         for share, bits, tokens in ((2, 3, 32768), (4, 3, 16384), (2, 2, 16384))
     ]
     rows.append(case("GPTQ of 4 bits, KVQuant cache of 4 bits", "gptq", bits=4, kv_cache={"kv_bits": 4},

@@ -41,6 +41,7 @@ class CFWSConfig(HfqConfig):
 
     bits: int = option(8, range=(2, 8), also=(16,), per_module=True)
     symmetric: bool = option(True, choices=(True,), per_module=True)
+    group_size: int = option(-1, choices=(-1,), per_module=True, why="cfws has one scale an output channel")
     activation_bits: int = option(8, range=(2, 8), also=(16,), per_module=True)
     calibration_samples: int = option(32, range=(1, 1 << 20))
     calibration_batch_size: int = option(32, range=(1, 1 << 16))
@@ -55,8 +56,9 @@ class CFWSConfig(HfqConfig):
     bias_bits: int = option(32, choices=(16, 32))
 
     def check(self) -> None:
-        if self.group_size != -1:
-            raise ConfigError(f"group_size={self.group_size}: cfws has one scale an output channel (-1)")
+        wrong = {name for values in self.overrides.values() for name in values} & {"zero_point", "scale_dtype"}
+        if wrong:
+            raise ConfigError(f"overrides: {min(wrong)!r} of a single module: the form of scales is that of cfws")
         for pattern, side in self.centers.items():
             if not isinstance(pattern, str) or type(side) is not int or not 1 <= side <= 31:
                 raise ConfigError(f"centers[{pattern!r}]={side!r}: a module pattern and a side from 1 to 31 are needed")

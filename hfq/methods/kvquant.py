@@ -26,7 +26,7 @@ class KVQuantConfig(HfqConfig):
         fisher: weigh the codebook's errors with squared gradients of the loss (and the squared scale).
         key_axis: "channel" calibrated ranges of the channels; "token" and "window" are the baselines of the paper: a
             range a token, or a channel of ``window`` tokens.
-        pre_rope: store keys without their rotary embedding (axis "channel" only).
+        pre_rope: store keys without their rotary embedding (axis "channel" only); ``None`` does so there.
         value_group: channels of a value that share a scale, 0 all heads of the token.
         window, residual: tokens of a window, and newest tokens that are kept exactly (key_axis="window").
         prefill: whether a prompt attends to itself exactly or as stored. Without a cache, as in measurements, all keys
@@ -39,7 +39,11 @@ class KVQuantConfig(HfqConfig):
     supports_kv_bits = True
     is_cache = True
 
-    bits: int = option(16, range=(1, 8), also=(16,))
+    bits: int = option(16, choices=(16,), why="kvquant leaves weights as they are; the config of a method that "
+                       "quantizes them carries this one in kv_cache")  # fmt: skip
+    group_size: int = option(-1, choices=(-1,), why="a cache has no groups of weights, value_group and window say "
+                             "which keys and values share a scale")  # fmt: skip
+    symmetric: bool = option(False, choices=(False,), why="every scale of a cache has its offset")
     kv_bits: int = option(4, range=(1, 8), also=(16,))
     calibration_samples: int = option(16, range=(1, 1 << 20))
     calibration_seqlen: int = option(2048, range=(2, 1 << 20))
@@ -50,7 +54,7 @@ class KVQuantConfig(HfqConfig):
     qnorm: bool | None = None
     fisher: bool = True
     key_axis: str = option("channel", choices=("channel", "token", "window"))
-    pre_rope: bool = True
+    pre_rope: bool | None = None
     value_group: int = option(0, range=(-1, 1 << 15))
     window: int = option(32, range=(1, 1 << 15))
     residual: int = option(128, range=(1, 1 << 15))
@@ -59,14 +63,19 @@ class KVQuantConfig(HfqConfig):
     fit_tokens: int = option(8192, range=(1, 1 << 30))
 
     def check(self) -> None:
-        if self.bits != 16:
-            raise ConfigError(f"bits={self.bits}: kvquant leaves weights as they are (16); the config of a method that "
-                              "quantizes them carries this one in kv_cache")
+        for name in ("modules_to_not_convert", "overrides"):
+            if getattr(self, name):
+                raise ConfigError(f"{name}: all attention modules of a model store keys and values in one format")
+        windows = self.key_axis == "window"
+        for name, used in (("window", windows), ("residual", windows), ("iterations", self.datatype == "nuq")):
+            if not used and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ConfigError(f"{name}={getattr(self, name)}: key_axis={self.key_axis!r} and datatype="
+                                  f"{self.datatype!r} do not use it")
         if self.qnorm and self.datatype == "int":
             raise ConfigError("qnorm=True corrects a codebook: datatype='int' has none")
-        if self.key_axis != "channel" and self.pre_rope and "pre_rope" in self._given:
+        if self.key_axis != "channel" and self.pre_rope:
             raise ConfigError(f"pre_rope=True: keys with ranges of axis {self.key_axis!r} keep their positions")
-        if self.key_axis == "window" and (self.datatype != "int" or self.outliers):
+        if windows and (self.datatype != "int" or self.outliers):
             raise ConfigError("key_axis='window' is a uniform grid without outliers: datatype='int', outliers=0")
         if self.outliers and self.value_group:
             raise ConfigError("outliers are chosen among all heads of a token: value_group=0, or outliers=0")
@@ -86,7 +95,7 @@ class KVQuantConfig(HfqConfig):
         key = SideSpec(self.kv_bits, self.key_axis, groups[self.key_axis], table, outliers=self.outliers)  # type: ignore
         value = SideSpec(self.kv_bits, "token", self.value_group, table, outliers=self.outliers)
         return KVFormat(
-            key, value, pre_rope=self.pre_rope and self.key_axis == "channel", sink=self.sink,
+            key, value, pre_rope=self.key_axis == "channel" and self.pre_rope is not False, sink=self.sink,
             residual=self.residual if windows else 0, prefill=self.prefill,  # type: ignore[arg-type]
         )
 

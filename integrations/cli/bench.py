@@ -85,7 +85,7 @@ def methods(
     tables: str = typer.Option("", "--table", "-t", help="Prepared tables, separated by commas: weights, rsq, ..."),
     names: str = typer.Option("rtn,gptq", "--methods", "-m", help="Without --table: methods, separated by commas."),
     bits: str = typer.Option("4,3", "--bits", help="Widths of these methods."),
-    group_size: int = typer.Option(64, "--group-size", "-g"),
+    group_size: int = typer.Option(None, "--group-size", "-g", help="Weights that share a scale; default 64."),
     data: str = typer.Option("demo", "--data", "-d", help="Text for calibration and evaluation."),
     samples: int = typer.Option(64, "--samples", help="Calibration windows of these methods."),
     seqlen: int = typer.Option(512, "--seqlen", help="Tokens a window."),
@@ -135,11 +135,11 @@ def _image_methods(model: str, tables: str, data: str, images: int, output: Path
     screen.say(f"rows in {output}")
 
 
-def _cases(names: str, widths: list[int], group_size: int, samples: int, seqlen: int, options: list[str],
+def _cases(names: str, widths: list[int], group_size: int | None, samples: int, seqlen: int, options: list[str],
            rescaled: bool) -> list[Any]:
     """The float model and every method at every width; the options are checked before anything runs."""
     from hfq.integrations.bench_methods import Case
-    from hfq.integrations.cli.quantize import options_of
+    from hfq.integrations.cli.quantize import grid_of, options_of
     from hfq.methods import config_class
 
     given, suffix = options_of(options), ", rescaled" if rescaled else ""
@@ -148,7 +148,7 @@ def _cases(names: str, widths: list[int], group_size: int, samples: int, seqlen:
         cls = config_class(method)
         calibrated = {"calibration_samples": samples, "calibration_seqlen": seqlen} if cls.needs_calibration else {}
         for width in widths:
-            chosen = {"bits": width, "group_size": group_size, **calibrated, **given}
+            chosen = {**grid_of(cls, bits=width, group_size=group_size), **calibrated, **given}
             cls(**chosen)
             extra = "".join(f", {key}={value}" for key, value in given.items())
             cases.append(Case(f"{method}, {width} bits{extra}{suffix}", method, chosen, rescaled))

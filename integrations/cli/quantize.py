@@ -10,9 +10,10 @@ from typing import Any
 import typer
 
 from hfq.errors import ConfigError
+from hfq.fields import in_range
 from hfq.integrations.cli import screen
 
-__all__ = ["options_of", "register"]
+__all__ = ["grid_of", "options_of", "register"]
 
 
 def options_of(pairs: list[str]) -> dict[str, Any]:
@@ -40,8 +41,9 @@ def quantize(
     model: str = typer.Argument(help="Folder, Hub id, or demo."),
     output: Path = typer.Option(..., "--output", "-o", help="Folder for the packed model."),
     method: str = typer.Option("rsq", "--method", "-m", help="One of `hfq methods`."),
-    bits: int = typer.Option(4, "--bits", "-b", help="Bits of a weight."),
-    group_size: int = typer.Option(64, "--group-size", "-g", help="Weights that share a scale; -1: a whole row."),
+    bits: int = typer.Option(None, "--bits", "-b", help="Bits of a weight; default 4."),
+    group_size: int = typer.Option(
+        None, "--group-size", "-g", help="Weights that share a scale; -1: a whole row; default 64."),
     data: str = typer.Option("", "--data", "-d", help="Calibration text: file, Hub id, or demo."),
     samples: int = typer.Option(64, "--samples", help="Calibration windows."),
     seqlen: int = typer.Option(512, "--seqlen", help="Tokens a window."),
@@ -71,9 +73,9 @@ def quantize(
             raise ConfigError(f"{output} has an unfinished run: continue it with --resume, or pass --overwrite")
         shutil.rmtree(progress)
     given = options_of(options)
-    common = {"bits": bits, "group_size": group_size, "seed": seed, "calibration_samples": samples,
-              "calibration_seqlen": seqlen, "work_dir": progress}
     cls = config_class(method)
+    common = {**grid_of(cls, bits=bits, group_size=group_size), "seed": seed, "calibration_samples": samples,
+              "calibration_seqlen": seqlen, "work_dir": progress}
     if not cls.needs_calibration and not data:
         common = {key: value for key, value in common.items() if not key.startswith("calibration")}
     elif cls.needs_calibration and not data:
@@ -92,6 +94,15 @@ def quantize(
     shutil.rmtree(progress, ignore_errors=True)
     screen.say(summary(packed.hfq_report))
     screen.say(f"saved in {output}")
+
+
+def grid_of(cls: Any, **given: int | None) -> dict[str, int]:
+    """Bits and group size as given, else those of this command, where the method has them, else its own."""
+    found = {name: value for name, value in given.items() if value is not None}
+    for name, value in {"bits": 4, "group_size": 64}.items():
+        if in_range(value, cls.__dataclass_fields__[name].metadata):
+            found.setdefault(name, value)
+    return found
 
 
 def summary(report: Any) -> str:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import hfq
 from hfq.integrations.cli.app import app
-from hfq.integrations.cli.quantize import options_of
+from hfq.integrations.cli.quantize import grid_of, options_of
 from hfq.integrations.cli.table import markdown
 from hfq.methods import METHODS
 
@@ -86,8 +87,6 @@ def test_the_readme_has_this_table():
 
 
 def test_version():
-    import hfq
-
     assert run("--version").output.strip() == f"hfq {hfq.__version__}"
 
 
@@ -103,7 +102,6 @@ def test_quantize(packed):
 def test_quantize_with_data_is_what_python_does(files, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    import hfq
     from hfq.integrations.measure import load_tokenizer
 
     run("quantize", files / "float", "-m", "gptq", "-b", 3, "-g", 32, "-d", files / "text.txt", "--samples", 4,
@@ -179,6 +177,13 @@ def test_bench_methods(files, tmp_path):
 ])
 def test_set(pairs, expected):
     assert options_of(pairs) == expected
+
+
+def test_defaults_are_for_methods_that_have_them():
+    assert grid_of(hfq.RTNConfig, bits=None, group_size=None) == {"bits": 4, "group_size": 64}
+    assert grid_of(hfq.RTNConfig, bits=3, group_size=-1) == {"bits": 3, "group_size": -1}
+    assert grid_of(hfq.KVQuantConfig, bits=None, group_size=None) == {}
+    assert grid_of(hfq.CFWSConfig, bits=8, group_size=None) == {"bits": 8}
 
 
 @pytest.mark.parametrize(("args", "match"), [

@@ -452,6 +452,13 @@ def test_wrong_options_are_named(options: dict[str, Any], word: str) -> None:
         hfq.KVQuantConfig(**options)
 
 
+def test_saved_baselines_can_be_read_again() -> None:
+    for options in ({"datatype": "int", "key_axis": "token", "outliers": 0.0}, GROUPED, {}):
+        config = hfq.KVQuantConfig(**options)
+        again = hfq.HfqConfig.from_dict(config.to_dict())
+        assert again.to_dict() == config.to_dict() and again.form() == config.form()
+
+
 def test_the_model_is_hashed_only_for_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     digest = progress.state_digest
