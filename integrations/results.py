@@ -44,6 +44,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_memory_bytes": ("peak memory", _bytes),
     "decode": ("decode tokens/s", lambda v: f"{v:.1f}"),
     "decode_ratio": ("decode ratio", lambda v: f"{v:.2f}"),
+    "seconds_per_call": ("time of a call", lambda v: f"{1000 * v:.1f} ms"),
+    "speed_ratio": ("speed ratio", lambda v: f"{v:.2f}"),
     "prefill_ratio": ("prefill ratio", lambda v: f"{v:.2f}"),
     "kernel": ("kernel", str),
 }

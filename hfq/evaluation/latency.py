@@ -1,4 +1,4 @@
-"""Prefill and decode speed, as a ratio to a baseline measured in the same process at the same time.
+"""Prefill, decode and forward speed, as a ratio to a baseline measured in the same process at the same time.
 
 Tokens per second on their own say more about the machine than about the model. The models take turns, so that a
 busy machine slows all of them, and each keeps its best round.
@@ -7,7 +7,7 @@ busy machine slows all of them, and each keeps its best round.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hfq.errors import DataError
 
-__all__ = ["Speed", "decode_seconds", "decode_speeds", "prefill_seconds", "speeds"]
+__all__ = ["Speed", "call_speeds", "decode_seconds", "decode_speeds", "prefill_seconds", "speeds"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,38 @@ def _after(model: nn.Module, prompt: Tensor) -> tuple[Any, Tensor]:
     """The cache after ``prompt``, and the next token ``[B, 1]``."""
     result: Any = model(input_ids=prompt.to(next(model.parameters()).device), use_cache=True)
     return result.past_key_values, result.logits[:, -1:].argmax(-1)
+
+
+@torch.no_grad()
+def call_speeds(calls: Mapping[str, Callable[[], Any]], *, rounds: int = 5) -> dict[str, tuple[float, float]]:
+    """Any calls in turns: seconds of the best of ``rounds`` after an unmeasured one, and how many times as fast as the
+    first it is. With one thread and no GPU the thread's own time counts, which other work on the machine hardly changes.
+
+    Args:
+        calls: name to a function that computes and waits for nothing else; results on a GPU are waited for here.
+
+    Raises:
+        DataError: there is no call.
+    """
+    if not calls:
+        raise DataError("there is nothing to time")
+    clock = time.thread_time if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter
+    best: dict[str, float] = dict.fromkeys(calls, float("inf"))
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            _settle()
+            started = clock()
+            call()
+            _settle()
+            if turn:
+                best[name] = min(best[name], clock() - started)
+    first = next(iter(best.values()))
+    return {name: (seconds, first / seconds) for name, seconds in best.items()}
+
+
+def _settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @torch.no_grad()

@@ -51,11 +51,14 @@ def kernels(
 
 @bench.command()
 def speed(
-    model: str = typer.Argument("demo", help="Folder, Hub id, demo, or random:2048x2 (width x blocks)."),
-    rows: str = typer.Option("w4,w8a8", "--rows", "-r", help="w4, w8, w8a8, w4a8, kv4, kv4-codebook."),
+    model: str = typer.Argument("demo", help="Folder, Hub id, demo, or a shape (width x blocks): random:2048x2, "
+                                             "vit:384x6, swin:384x6, resnet:512x2."),
+    rows: str = typer.Option("w4,w8a8", "--rows", "-r", help="w4, w8, w8a8, w4a8; of language models kv4 and "
+                                                             "kv4-codebook, of image models w8a8-attention."),
     prompt: int = typer.Option(512, "--prompt", min=1, help="Tokens of the prompt whose prefill is timed."),
     context: int = typer.Option(0, "--context", min=0, help="Tokens in the cache before decoding; 0: a short prompt."),
     new_tokens: int = typer.Option(32, "--new-tokens", min=1, help="Decoded tokens a turn."),
+    batch: int = typer.Option(16, "--batch", min=1, help="Image models: images a call."),
     rounds: int = typer.Option(5, "--rounds", min=1, help="Turns of every model, of which the best counts."),
     output: Path = typer.Option(None, "--output", "-o", help="Also write the rows as JSON."),
 ) -> None:
@@ -64,18 +67,27 @@ def speed(
     [dim]hfq bench speed random:2048x2 --rows w8a8[/]
 
     [dim]hfq bench speed demo --rows kv4,kv4-codebook --context 8192[/]
+
+    [dim]hfq bench speed vit:384x6 --rows w8a8 --batch 16[/]
     """
     import json
 
-    from hfq.integrations import bench_speed
+    from hfq.integrations import bench_speed, bench_speed_images, measure_vision
 
-    found = bench_speed.measured(model, [row.strip() for row in rows.split(",")], prompt=prompt, context=context,
-                                 new_tokens=new_tokens, rounds=rounds, say=screen.say)
-    after = f"decode after {context or 8} tokens"
-    screen.results_table(found, title=f"{model}; prefill of {prompt}, {after}; {_where()}")
+    names = [row.strip() for row in rows.split(",")]
+    protocol: dict[str, Any] = {"model": model, "where": _where()}
+    if bench_speed_images.is_shape(model) or measure_vision.is_image_model(model):
+        found = bench_speed_images.measured(model, names, batch=batch, rounds=rounds, say=screen.say)
+        protocol |= {"batch": batch}
+        title = f"{model}; {batch} images a call"
+    else:
+        found = bench_speed.measured(model, names, prompt=prompt, context=context, new_tokens=new_tokens,
+                                     rounds=rounds, say=screen.say)
+        protocol |= {"prompt": prompt, "context": context, "new_tokens": new_tokens}
+        title = f"{model}; prefill of {prompt}, decode after {context or 8} tokens"
+    screen.results_table(found, title=f"{title}; {_where()}")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        protocol = {"model": model, "prompt": prompt, "context": context, "new_tokens": new_tokens, "where": _where()}
         output.write_text(json.dumps({**protocol, "rows": found}, indent=1) + "\n", encoding="utf-8")
 
 
