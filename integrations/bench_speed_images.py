@@ -19,9 +19,9 @@ from hfq.integrations import measure
 
 __all__ = ["ROWS", "is_shape", "measured", "model_of"]
 
-_STATIC = {"activation_bits": 8, "group_size": -1, "observer": "minmax"}
+_STATIC = {"activation_bits": 8, "group_size": -1, "symmetric": True, "observer": "minmax"}
 ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "w8": ("weights of 8 bits", "rtn", {"bits": 8, "group_size": -1}),
+    "w8": ("weights of 8 bits", "rtn", {"bits": 8, "group_size": -1, "symmetric": True}),
     "w4": ("weights of 4 bits, groups of 64", "rtn", {"bits": 4, "group_size": 64}),
     "w8a8": ("weights and inputs of 8 bits", "rtn", {"bits": 8, **_STATIC, "attention": False}),
     "w4a8": ("weights of 4, inputs of 8 bits", "rtn", {"bits": 4, **_STATIC, "attention": False}),

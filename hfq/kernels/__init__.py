@@ -149,16 +149,15 @@ def explain(
 
     Args:
         weight: a :class:`Runtime` (its layout is given), a :class:`PackedWeight` (as :func:`prepare` sees it), or a
-            packed layer (its first slot).
+            packed layer, which knows the kind of its product.
         M: rows of ``x``.
         dtype: of the activations; default the one it was prepared for, float32 for a canonical weight.
         device: device type; default where the weight lies.
         memory: for a canonical weight, as in :func:`prepare`.
         activation: format of the activations: the rows of the integer product. A layer knows its own.
     """
-    if hasattr(weight, "operand"):
-        activation = getattr(weight, "activation", activation)
-        weight = weight.operand(next(iter(weight.slots)))
+    if hasattr(weight, "explain"):
+        return weight.explain(M, dtype)
     device = device or weight.scale.device.type
     if isinstance(weight, Runtime):
         return dispatch.explain(dispatch.case_of(weight, M, dtype or weight.dtype, device, activation))

@@ -24,6 +24,8 @@ from hfq.kernels.workspace import scratch
 
 # Sums of one part of the output (rows of x times columns): they stay in the second-level cache.
 CHUNK = 1 << 16
+# Rows of x that are worked on at once.
+ROWS = 512
 # Outputs of this size are made in one part: fewer operations count more.
 SMALL = 1 << 18
 # Up to so many groups an integer sum for each is faster than a float product. (Measured: 8 of 512, not 16 of 256.)
@@ -51,7 +53,9 @@ class _Operand:
 
 
 def _operand(x: ActivationCodes, runtime: Runtime) -> _Operand:
-    zero = None if x.zero_point is None else x.zero_point.to(torch.int32)
+    zero: torch.Tensor | int | None = None if x.zero_point is None else x.zero_point.to(torch.int32)
+    if zero is not None and x.spec.granularity == "tensor":
+        zero = int(zero)
     codes = x.codes if x.codes.is_contiguous() else x.codes.contiguous()
     if exact_unsigned():
         if zero is not None:
@@ -61,7 +65,7 @@ def _operand(x: ActivationCodes, runtime: Runtime) -> _Operand:
         return _Operand(codes.view(torch.uint8).bitwise_xor(128), None, 128)
     if zero is None:
         codes = codes.view(torch.uint8).bitwise_xor(128)
-    number: torch.Tensor | int = 128 if zero is None else zero
+    number = 128 if zero is None else zero
     narrow = runtime.spec.bits <= 4 and "multiple" not in runtime.tensors
     if narrow or (zero is not None and x.spec.bits < 8):
         return _Operand(codes, None, number)
@@ -96,6 +100,12 @@ def _column(values: torch.Tensor, group: int) -> torch.Tensor:
     return values if values.dim() < 2 or values.shape[1] == 1 else values[:, group : group + 1]
 
 
+def _of_rows(values: torch.Tensor, group: int, rows: slice) -> torch.Tensor:
+    """:func:`_column` of some rows."""
+    values = _column(values, group)
+    return values if values.dim() < 2 else values[rows]
+
+
 def _shifts(x: ActivationCodes, segments: Segments) -> list[torch.Tensor]:
     """Sums of ``code - zero_point`` of each token over each segment: float32 ``[M, 1]``, whole numbers."""
     found = []
@@ -122,35 +132,47 @@ def multiply(
         return _multiply_small(x, operand, runtime, None if sums is None else sums[0], bias, dtype)
     if len(segments) > MOST_SUMS and x.spec.group_size == -1 and shifts is None:
         return _multiply_diagonal(x, operand, runtime, segments, bias, dtype)
+    whole = x.spec.granularity == "tensor" and form.folded  # one scale of x: it goes into those of the weight
     y = torch.empty(rows, runtime.out_features, dtype=torch.float32)
-    for part, number in cpu_bytes.parts(runtime, max(CHUNK // rows, 256)):
+    block = -(-rows // -(-rows // ROWS))  # equal blocks
+    for part, number in cpu_bytes.parts(runtime, max(CHUNK // min(rows, block), 256)):
         weights, width = cpu_bytes.weights(runtime, part, number), part.stop - part.start
-        total = scratch("total", (rows, width), torch.float32)
-        out = y[:, part]
-        for i, (start, stop, own, group) in enumerate(segments):
-            acc, matrix = scratch("sums", (rows, width), torch.int32), weights[:, start:stop].t()
-            torch._int_mm(codes[:, start:stop], matrix, out=acc)
-            if operand.low is not None:
-                acc.mul_(2).add_(torch._int_mm(operand.low[:, start:stop], matrix))
-            if isinstance(zero, int):
-                acc.sub_(sums[i, part], alpha=zero)  # type: ignore[index]
-            elif zero is not None:
-                acc.addcmul_(_column(zero, group).expand(rows, 1), sums[i, part], value=-1)  # type: ignore[index]
-            share = total if not i else scratch("share", (rows, width), torch.float32)
-            share.copy_(acc)
-            if shifts is not None:
-                share.addcmul_(shifts[i], runtime.tensors["rest"][own, part], value=-1)
-            share.mul_(_column(x.scale, group))
-            if not form.folded:
-                share.mul_(runtime.tensors["group_scale"][own, part].float())
-            if i:
-                total.add_(share)
-        if form.folded:
-            row = runtime.tensors["row_scale"][part]
-            torch.mul(total, row, out=out) if bias is None else torch.addcmul(bias[part].float(), total, row, out=out)
-        else:
-            out.copy_(total) if bias is None else torch.add(total, bias[part].float(), out=out)
+        row = runtime.tensors["row_scale"][part] if form.folded else None
+        row = row * x.scale if whole else row
+        for first in range(0, rows, block):
+            here = slice(first, min(first + block, rows))
+            count = here.stop - first
+            total = scratch("total", (count, width), torch.float32)
+            for i, (start, stop, own, group) in enumerate(segments):
+                acc, matrix = scratch("sums", (count, width), torch.int32), weights[:, start:stop].t()
+                torch._int_mm(codes[here, start:stop], matrix, out=acc)
+                if operand.low is not None:
+                    acc.mul_(2).add_(torch._int_mm(operand.low[here, start:stop], matrix))
+                if isinstance(zero, int):
+                    acc.sub_(sums[i, part], alpha=zero)  # type: ignore[index]
+                elif zero is not None:
+                    own_zero = _of_rows(zero, group, here).expand(count, 1)
+                    acc.addcmul_(own_zero, sums[i, part], value=-1)  # type: ignore[index]
+                share = total if not i else scratch("share", (count, width), torch.float32)
+                share.copy_(acc)
+                if shifts is not None:
+                    share.addcmul_(shifts[i][here], runtime.tensors["rest"][own, part], value=-1)
+                if not whole:
+                    share.mul_(_of_rows(x.scale, group, here))
+                if not form.folded:
+                    share.mul_(runtime.tensors["group_scale"][own, part].float())
+                if i:
+                    total.add_(share)
+            _write(y[here, part], total, row, None if bias is None else bias[part].float())
     return y if dtype == torch.float32 else y.to(dtype)
+
+
+def _write(out: torch.Tensor, total: torch.Tensor, row: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+    """``total * row + bias`` in one pass."""
+    if row is None:
+        out.copy_(total) if bias is None else torch.add(total, bias, out=out)
+    else:
+        torch.mul(total, row, out=out) if bias is None else torch.addcmul(bias, total, row, out=out)
 
 
 def _multiply_diagonal(
@@ -201,8 +223,11 @@ def _multiply_small(
         acc.sub_(sums, alpha=operand.zero)  # type: ignore[arg-type]
     elif operand.zero is not None:
         acc.addcmul_(operand.zero.expand(acc.shape[0], 1), sums, value=-1)  # type: ignore[arg-type]
-    row = runtime.tensors["row_scale"]
-    y = acc.to(torch.float32).mul_(x.scale)
+    row, y = runtime.tensors["row_scale"], acc.to(torch.float32)
+    if x.spec.granularity == "tensor":
+        row = row * x.scale
+    else:
+        y.mul_(x.scale)
     y = y.mul_(row) if bias is None else torch.addcmul(bias if bias.dtype == y.dtype else bias.float(), y, row)
     return y if dtype == torch.float32 else y.to(dtype)
 

@@ -153,6 +153,15 @@ def test_bench_kernels(tmp_path):
     assert rows and all(row["ratio"] > 0 for row in rows)
 
 
+def test_bench_speed_of_image_models(tmp_path):
+    args = ("bench", "speed", "resnet:128x1", "--rows", "w8a8", "--batch", 2, "--rounds", 1, "-o", tmp_path / "s.json")
+    run(*args)
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["float", "weights and inputs of 8 bits"]
+    assert rows[0]["speed_ratio"] == 1 and rows[1]["speed_ratio"] > 0 and rows[1]["kernel"]
+    assert "dequant" not in rows[1]["kernel"]
+
+
 def test_bench_speed(tmp_path):
     args = ("bench", "speed", "random:256x1", "--rows", "w8a8,kv4", "--prompt", 16, "--context", 40, "--new-tokens", 2,
             "--rounds", 1)
@@ -235,6 +244,8 @@ def test_unfinished_runs_are_not_lost(files, tmp_path):
     (("bench", "methods", "demo", "--table", "nope"), "are the tables"),
     (("bench", "speed", "random:100x1"), "multiple of 256"),
     (("bench", "speed", "random:256x1", "--rows", "w9"), "are the rows"),
+    (("bench", "speed", "resnet:100x1"), "multiple of 128"),
+    (("bench", "speed", "resnet:128x1", "--rows", "kv4"), "are the rows of image models"),
     (("eval", "{files}/float", "--data", "{files}/text.txt", "--length", "100000"), "windows of 100000 tokens"),
 ])
 def test_other_errors(files, args, match):
