@@ -108,7 +108,7 @@ def _after(model: nn.Module, prompt: Tensor) -> tuple[Any, Tensor]:
 @torch.no_grad()
 def call_speeds(calls: Mapping[str, Callable[[], Any]], *, rounds: int = 5) -> dict[str, tuple[float, float]]:
     """Any calls in turns: seconds of the best of ``rounds`` after an unmeasured one, and how many times as fast as the
-    first it is. With one thread and no GPU the thread's own time counts, which other work on the machine hardly changes.
+    first it is. With one thread and no GPU the thread's own time counts: other work on the machine hardly changes it.
 
     Args:
         calls: name to a function that computes and waits for nothing else; results on a GPU are waited for here.
