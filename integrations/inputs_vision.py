@@ -11,12 +11,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -28,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hfq.errors import DataError
+from hfq.integrations import demo_models
 from hfq.integrations.inputs import cache_folder
 
 __all__ = [
@@ -38,10 +35,12 @@ __all__ = [
     "demo_images",
     "demo_views",
     "demo_vision",
+    "digits",
     "labels_for",
     "model_folder",
     "open_images",
     "processor",
+    "warped",
 ]  # fmt: skip
 
 SIZE = 32
@@ -69,8 +68,7 @@ class Recipe:
 
     def digest(self) -> str:
         """Eight hexadecimal digits that change with the recipe and with the images."""
-        text = json.dumps([asdict(self), DATA_VERSION, CLASSES, SIZE], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return demo_models.digest(asdict(self), DATA_VERSION, CLASSES, SIZE)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -168,12 +166,12 @@ def demo_images(split: str = "test", count: int | None = None, seed: int = 0) ->
 
 def demo_views(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """``count`` new training images uint8 ``[N, 3, 32, 32]`` and their labels ``[N]``."""
-    digits, targets = _digits()
+    images, targets = digits()
     kept = torch.tensor([i for i in range(len(targets)) if i % 5])
     textures = count // 4
     rows = kept[torch.randint(len(kept), (count - textures,), generator=generator)]
     which = torch.randint(len(TEXTURES), (textures,), generator=generator)
-    drawn = _on_photographs(digits[rows], "train", generator)
+    drawn = _on_photographs(images[rows], "train", generator)
     images = torch.cat([drawn, _crops([TEXTURES[i] for i in which.tolist()], "train", generator)])
     return _bytes(images, generator), torch.cat([targets[rows], which + 10])
 
@@ -181,10 +179,10 @@ def demo_views(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=1)
 def _test_views() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    digits, targets = _digits()
+    images, targets = digits()
     rows = torch.arange(0, len(targets), 5).repeat_interleave(VIEWS)
     names = [name for name in TEXTURES for _ in range(TEXTURE_CROPS)]
-    images = torch.cat([_on_photographs(digits[rows], "test", generator), _crops(names, "test", generator)])
+    images = torch.cat([_on_photographs(images[rows], "test", generator), _crops(names, "test", generator)])
     which = torch.arange(len(TEXTURES)).repeat_interleave(TEXTURE_CROPS)
     return _bytes(images, generator), torch.cat([targets[rows], which + 10])
 
@@ -196,17 +194,27 @@ def _on_photographs(digits: Tensor, split: str, generator: torch.Generator) -> T
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
     count = len(digits)
-    angle, size = uniform(-0.2, 0.2), uniform(0.85, 1.15)
-    rows = [torch.stack([angle.cos() / size, -angle.sin() / size, uniform(-0.15, 0.15)], 1),
-            torch.stack([angle.sin() / size, angle.cos() / size, uniform(-0.15, 0.15)], 1)]  # fmt: skip
-    grid = F.affine_grid(torch.stack(rows, 1), [count, 1, SIZE, SIZE], align_corners=False)
-    ink = F.grid_sample(digits[:, None], grid, mode="bicubic", align_corners=False).clamp(0, 1)
+    ink = warped(digits, uniform(-0.2, 0.2), uniform(0.85, 1.15), uniform(-0.15, 0.15), uniform(-0.15, 0.15), SIZE)
     names = [BACKGROUNDS[i] for i in torch.randint(len(BACKGROUNDS), (count,), generator=generator).tolist()]
     behind = 0.2 * _crops(names, split, generator)
     colour = uniform(0.7, 1.0, 3, 1, 1)
     image = behind * (1 - ink) + colour * ink
     negative = (torch.rand(count, generator=generator) < 0.5).view(-1, 1, 1, 1)
     return torch.where(negative, 1 - image, image)
+
+
+def warped(digits: Tensor, angle: Tensor, scale: Tensor, right: Tensor, down: Tensor, size: int) -> Tensor:
+    """Digits ``[N, 8, 8]`` turned, scaled and moved on ``size`` x ``size`` pixels: ``[N, 1, size, size]`` in [0, 1].
+
+    Args:
+        angle: in radians ``[N]``.
+        scale: 1 fills the picture ``[N]``.
+        right, down: in halves of the picture ``[N]``, against the direction of the move.
+    """
+    rows = [torch.stack([angle.cos() / scale, -angle.sin() / scale, right], 1),
+            torch.stack([angle.sin() / scale, angle.cos() / scale, down], 1)]  # fmt: skip
+    grid = F.affine_grid(torch.stack(rows, 1), [len(digits), 1, size, size], align_corners=False)
+    return F.grid_sample(digits[:, None], grid, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
 def _crops(names: Sequence[str], split: str, generator: torch.Generator) -> Tensor:
@@ -231,7 +239,7 @@ def _bytes(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _digits() -> tuple[Tensor, Tensor]:
+def digits() -> tuple[Tensor, Tensor]:
     """Digits float ``[1797, 8, 8]`` in [0, 1] and their classes ``[1797]``."""
     _need("sklearn", "scikit-learn")
     from sklearn.datasets import load_digits
@@ -269,16 +277,7 @@ def demo_vision(name: str) -> Path:
     Raises:
         DataError: there is no recipe of that name, or the model is not trained yet and the script is not here.
     """
-    folder = model_folder(name)
-    if (folder / "training.json").is_file():
-        return folder
-    if not _SCRIPT.is_file():
-        raise DataError(f"the demo model {name!r} is not trained yet: run examples/vit/train.py --models {name} of the "
-                        "source tree (minutes on two cores)")
-    done = subprocess.run([sys.executable, str(_SCRIPT), "--models", name], stdout=subprocess.DEVNULL, check=False)
-    if done.returncode or not folder.is_dir():
-        raise DataError(f"training the demo model {name!r} failed: run {_SCRIPT.name} --models {name} to see why")
-    return folder
+    return demo_models.trained_by(_SCRIPT, name, model_folder(name))
 
 
 def open_images(source: str | os.PathLike[str] = "demo", split: str = "test", count: int | None = None,

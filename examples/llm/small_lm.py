@@ -15,22 +15,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hfq.evaluation.perplexity import perplexity
 from hfq.evaluation.rescale import widen_channels
-from hfq.integrations.inputs import cache_folder, demo_text, locked, windows
+from hfq.integrations import demo_models
+from hfq.integrations.inputs import cache_folder, demo_text, windows
 
 VOCABULARY, LENGTH, BATCH, STEPS = 4096, 128, 16, 300
 OUTLIERS, GAIN = (17, 101, 102, 230), 30.0
@@ -40,14 +37,7 @@ VERSION = 1  # part of the cache name: raise it when the recipe changes
 def small_lm(output: Path | None = None, steps: int = STEPS) -> Path:
     """Folder with the trained model and tokenizer; trains on the first call."""
     target = output or cache_folder() / "models" / f"small-lm-v{VERSION}"
-    with locked("small-lm"):
-        if not (target / "training.json").exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".train-") as scratch:
-                folder = Path(scratch) / "model"
-                train(folder, steps)
-                os.replace(folder, target)
-    return target
+    return demo_models.made_once(target, "small-lm", lambda folder: train(folder, steps))
 
 
 def train(folder: Path, steps: int) -> None:
@@ -64,7 +54,6 @@ def train(folder: Path, steps: int) -> None:
         bos_token_id=0, eos_token_id=0,
     ))
     loss = fit(model, windows(tokens, LENGTH), steps)
-    model.eval()
     before = perplexity(model, test, batch_size=8)
     widen_channels(model, OUTLIERS, GAIN)
     after = perplexity(model, test, batch_size=8)
@@ -74,7 +63,7 @@ def train(folder: Path, steps: int) -> None:
     tokenizer.save_pretrained(folder)
     record = {"perplexity": after, "train_loss": loss, "steps": steps, "tokens": steps * BATCH * LENGTH,
               "seconds": round(time.perf_counter() - started), "parameters": model.num_parameters()}
-    (folder / "training.json").write_text(json.dumps(record, indent=1))
+    (folder / demo_models.RECORD).write_text(json.dumps(record, indent=1))
     print(json.dumps(record))
 
 
@@ -96,25 +85,13 @@ def fit(model: LlamaForCausalLM, data: list[list[int]], steps: int) -> float:
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / 20, 1.0, max(0.02, (steps - s) / (0.6 * steps))))
-        for o in optimizers
-    ]
-    model.train()
-    average, bar = 0.0, tqdm(range(steps), desc="training", disable=not sys.stderr.isatty())
-    for step in bar:
+
+    def loss(step: int) -> torch.Tensor:
         ids = torch.tensor([data[(step * BATCH + i) % len(data)] for i in range(BATCH)])
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-        average = loss.item() if not step else 0.95 * average + 0.05 * loss.item()
-        bar.set_postfix(loss=f"{average:.2f}")
-    return average
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    return demo_models.fit([model], optimizers, loss, steps, warmup=20, decay=0.6, floor=0.02)
 
 
 if __name__ == "__main__":

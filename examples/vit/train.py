@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,14 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from hfq.errors import DataError, HfqError
 from hfq.evaluation.classification import classify
 from hfq.evaluation.rescale import spread_norms
+from hfq.integrations import demo_models, measure_vision
 from hfq.integrations import inputs_vision as inputs
-from hfq.integrations import measure_vision
-from hfq.integrations.inputs import locked
 from hfq.integrations.models import repvgg
 
 TARGET = 0.97  # of the held-out digits
@@ -47,14 +43,7 @@ TARGET = 0.97  # of the held-out digits
 def trained(name: str, output: Path | None = None, steps: int | None = None) -> Path:
     """Folder with the trained model and its image processor; trains on the first call."""
     target = output or inputs.model_folder(name)
-    with locked(f"vision-{name}"):
-        if not (target / "training.json").exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".train-") as scratch:
-                folder = Path(scratch) / "model"
-                train(name, folder, steps)
-                os.replace(folder, target)
-    return target
+    return demo_models.made_once(target, f"vision-{name}", lambda folder: train(name, folder, steps))
 
 
 def build(recipe: inputs.Recipe) -> Any:
@@ -88,40 +77,21 @@ def train(name: str, folder: Path, steps: int | None = None) -> None:
         check_merged(model)
     model.save_pretrained(folder)
     prepare.save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps(record, indent=1))
+    (folder / demo_models.RECORD).write_text(json.dumps(record, indent=1))
     sys.stderr.write(f"{name}: {json.dumps(record)}\n")
 
 
 def fit(model: Any, recipe: inputs.Recipe, steps: int) -> float:
-    """Fresh images every step: Muon for matrices of the blocks, AdamW for convolutions and the rest."""
+    """Fresh images every step."""
     generator = torch.Generator().manual_seed(0)
-    head = ("classifier", "embeddings", "relative_position", "position")
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if p.ndim == 2 and not any(word in n for word in head)]
-    decayed = [p for n, p in named if p.ndim == 4]
-    others = [p for n, p in named if not any(p is q for q in (*matrices, *decayed))]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=recipe.lr)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=0.01))
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / 30, 1.0, (steps - s) / (0.7 * steps)))
-                 for o in optimizers]
-    model.train()
-    average, bar = 0.0, tqdm(range(steps), desc="training", disable=not sys.stderr.isatty())
-    for step in bar:
+
+    def loss(step: int) -> Tensor:
         pixels, labels = inputs.demo_views(recipe.batch, generator)
         logits = model(pixel_values=pixels.float() / 127.5 - 1).logits
-        loss = F.cross_entropy(logits, labels, label_smoothing=0.02)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-        average = loss.item() if not step else 0.95 * average + 0.05 * loss.item()
-        bar.set_postfix(loss=f"{average:.2f}")
-    model.eval()
-    return average
+        return F.cross_entropy(logits, labels, label_smoothing=0.02)
+
+    steppers = demo_models.optimizers(model.named_parameters(), recipe.lr, recipe.muon_lr)
+    return demo_models.fit([model], steppers, loss, steps)
 
 
 def accuracy(model: Any, prepare: Any) -> dict[str, float]:

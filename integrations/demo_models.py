@@ -1,0 +1,119 @@
+"""Small real models that a script of ``examples/`` trains on first use: the cache, the call of the script, the loop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hfq.errors import DataError
+from hfq.integrations.inputs import locked
+
+__all__ = ["RECORD", "digest", "fit", "made_once", "optimizers", "trained_by"]
+
+RECORD = "training.json"  # written last: a folder that has it is complete
+# Matrices that are looked up, added, or give the output: orthogonal steps do not fit them.
+_NOT_ORTHOGONAL = ("classifier", "embed", "position", "proj_out", "conv_out")
+
+
+def digest(*parts: Any) -> str:
+    """Eight hexadecimal digits that change with any of the JSON values ``parts``."""
+    return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def made_once(target: Path, lock: str, make: Callable[[Path], None]) -> Path:
+    """``target``, which ``make(folder)`` fills on the first call; it appears only when it is complete.
+
+    Args:
+        target: a folder; complete when it holds :data:`RECORD`.
+        lock: one process at a time makes what is called so.
+        make: writes the model and :data:`RECORD` into a folder that does not exist yet.
+    """
+    with locked(lock):
+        if not (target / RECORD).exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".train-") as scratch:
+                folder = Path(scratch) / "model"
+                make(folder)
+                os.replace(folder, target)
+    return target
+
+
+def trained_by(script: Path, name: str, folder: Path) -> Path:
+    """``folder`` with the demo model ``name``, trained on the first call (some minutes) by ``script``.
+
+    Raises:
+        DataError: the model is not trained yet and the script is not here, or it failed.
+    """
+    if (folder / RECORD).is_file():
+        return folder
+    where = "/".join(script.parts[-3:])
+    if not script.is_file():
+        raise DataError(f"the demo model {name!r} is not trained yet: run {where} --models {name} of the source tree "
+                        "(minutes on two cores)")
+    done = subprocess.run([sys.executable, str(script), "--models", name], stdout=subprocess.DEVNULL, check=False)
+    if done.returncode or not folder.is_dir():
+        raise DataError(f"training the demo model {name!r} failed: run {where} --models {name} to see why")
+    return folder
+
+
+def optimizers(
+    named: Iterable[tuple[str, nn.Parameter]], lr: float, muon_lr: float, betas: tuple[float, float] = (0.9, 0.999),
+) -> list[torch.optim.Optimizer]:
+    """Muon for matrices inside the model, AdamW for convolutions (decayed), embeddings, outputs and vectors."""
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    matrices = [p for name, p in trained if p.ndim == 2 and not any(word in name for word in _NOT_ORTHOGONAL)]
+    decayed = [p for _, p in trained if p.ndim == 4]
+    chosen = {id(p) for p in (*matrices, *decayed)}
+    others = [p for _, p in trained if id(p) not in chosen]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=lr, betas=betas)]
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.01))
+    return found
+
+
+def fit(
+    modules: Sequence[nn.Module], steppers: Sequence[torch.optim.Optimizer], loss: Callable[[int], Tensor], steps: int,
+    *, warmup: int = 30, decay: float = 0.7, floor: float = 0.0,
+) -> float:
+    """Minimise ``loss(step)`` over the parameters of ``modules``, which are left in evaluation mode.
+
+    Args:
+        steppers: optimizers that hold the parameters; their rates rise over ``warmup`` steps and fall in a line to
+            ``floor`` over the last ``decay`` of all steps.
+
+    Returns:
+        The loss, averaged over the last twenty steps or so.
+    """
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 1.0, max(floor, (steps - step) / (decay * steps)))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(stepper, factor) for stepper in steppers]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    for module in modules:
+        module.train()
+    average, bar = 0.0, tqdm(range(steps), desc="training", disable=not sys.stderr.isatty())
+    for step in bar:
+        value = loss(step)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for stepper, schedule in zip(steppers, schedules, strict=True):
+            stepper.step()
+            schedule.step()
+            stepper.zero_grad(set_to_none=True)
+        average = value.item() if not step else 0.95 * average + 0.05 * value.item()
+        bar.set_postfix(loss=f"{average:.3f}")
+    for module in modules:
+        module.eval()
+    return average
