@@ -17,7 +17,7 @@ from hfq.calibration import capture, ranks
 from hfq.calibration.static import RowSample
 from hfq.errors import DataError, QuantizationError
 
-__all__ = ["Rows", "collect", "divergence", "predictions"]
+__all__ = ["Rows", "collect", "divergence", "logits_of", "predictions"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,12 @@ class Rows:
     elements: float
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+def logits_of(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """``[rows, classes]``; the tokens of language models are rows.
+
+    Raises:
+        DataError: the model gives none.
+    """
     output = model(**capture.to_device(dict(batch), capture.device_of(model)))
     logits = getattr(output, "logits", output)
     logits = logits[0] if isinstance(logits, (tuple, list)) else logits
@@ -42,7 +47,7 @@ def _logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 def predictions(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
     """Log-probabilities float32 ``[rows, classes]`` of each batch, on the CPU."""
     with capture.quiet(model):
-        return [_logits(model, batch).float().log_softmax(-1).cpu() for batch in batches]
+        return [logits_of(model, batch).float().log_softmax(-1).cpu() for batch in batches]
 
 
 @torch.no_grad()
@@ -51,7 +56,7 @@ def divergence(model: nn.Module, batches: Sequence[Mapping[str, Any]], wanted: S
     total, count = 0.0, 0
     with capture.quiet(model):
         for batch, target in zip(batches, wanted, strict=True):
-            own = _logits(model, batch).float().log_softmax(-1).cpu()
+            own = logits_of(model, batch).float().log_softmax(-1).cpu()
             total += float(nn.functional.kl_div(own, target, reduction="sum", log_target=True))
             count += target.shape[0]
     return total / max(count, 1)
@@ -92,7 +97,7 @@ def collect(
             for i in ranks.share(len(batches)):
                 seen.clear()
                 with torch.enable_grad():
-                    logits = _logits(model, batches[i]).float()
+                    logits = logits_of(model, batches[i]).float()
                     drawn = torch.Generator().manual_seed(seed + 7919 * i)
                     labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=drawn)[:, 0]
                     nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum").backward()

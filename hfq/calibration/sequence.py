@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from hfq.calibration import ranks
-from hfq.calibration.cache import leaves
+from hfq.calibration.cache import Store, Stored, TensorList, leaves
 from hfq.calibration.capture import Stop, forward, quiet, row_of
 from hfq.calibration.observers import Observer
 from hfq.errors import QuantizationError
 
-__all__ = ["order", "outputs", "watch"]
+__all__ = ["order", "outputs", "record", "watch"]
 
 
 @torch.no_grad()
@@ -65,6 +65,42 @@ def watch(
     for name in sorted(observers):
         observers[name].reduce()
     return observers
+
+
+@torch.no_grad()
+def record(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], site: Any, store: Store, *, results: bool = True
+) -> tuple[TensorList, TensorList]:
+    """What a site reads, and what it gives, in whole passes of ``model`` as it is now: a tensor a call.
+
+    Args:
+        site: with ``name`` and ``module``.
+        store: where they are kept.
+        results: also keep the outputs.
+
+    Raises:
+        QuantizationError: no batch of any process reaches the site.
+    """
+    inputs: list[Stored] = []
+    outputs: list[Stored] = []
+
+    def after(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        inputs.append(store.put(args[0] if args else next(iter(kwargs.values()))))
+        if results:
+            outputs.append(store.put(output))
+        raise Stop
+
+    handle = site.module.register_forward_hook(after, with_kwargs=True)
+    try:
+        with quiet(model):
+            for i in ranks.share(len(batches)):
+                forward(model, batches[i])
+    finally:
+        handle.remove()
+    if not any(ranks.gather(len(inputs))):
+        raise QuantizationError(f"the calibration data never reaches {site.name}: leave it out with "
+                                "modules_to_not_convert, or use other data")
+    return TensorList(store, inputs), TensorList(store, outputs)
 
 
 def order(model: nn.Module, batch: Mapping[str, Any], sites: Sequence[Any]) -> list[Any]:

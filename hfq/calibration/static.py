@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hfq.calibration import ranks
+from hfq.calibration.cache import ActivationCache
 from hfq.calibration.capture import forward, quiet
 from hfq.calibration.step import Step, input_rows
 from hfq.errors import DataError, QuantizationError
@@ -118,9 +119,12 @@ def stages(step: Step) -> list[Stage]:
 
 
 def observe_inputs(
-    step: Step, sites: Sequence[Any], *, limit: int = LIMIT, seed: int = 0
+    step: Step, sites: Sequence[Any], *, limit: int = LIMIT, seed: int = 0, inputs: ActivationCache | None = None
 ) -> dict[str, torch.Tensor]:
-    """Rows of what enters each of ``sites`` while the block runs on the quantized stream, padded ones left out.
+    """Rows of what enters each of ``sites`` while the block runs, padded ones left out.
+
+    Args:
+        inputs: the stream; default the quantized one.
 
     Sites of one call that are given the same tensor share one sample.
 
@@ -151,7 +155,7 @@ def observe_inputs(
     with _inputs(sites, hook):
         for i in range(len(step)):
             now[0] = i
-            step.call(i)
+            step.call(i, inputs)
             last[:] = [None, ""]
     leaders = ranks.broadcast({site.name: shared.get(site.name, site.name) for site in sites})
     return _joined(sites, samples, leaders, limit, seed)

@@ -1,7 +1,8 @@
-"""Small float parts beside the packed layers: an affine map at a norm's output, and an activation with a scale.
+"""Small float parts beside the packed layers: an affine map at a norm's output, an activation with a scale, and an
+activation that takes the place of another.
 
-Both are exact halves of a change whose other half lies in the weights. They are listed in the manifest ("attached"),
-so that a checkpoint is rebuilt with them.
+They are halves of a change whose other half lies in the weights, and are listed in the manifest ("attached"), so that a
+checkpoint is rebuilt with them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import nn
 from hfq.errors import CheckpointError, QuantizationError
 
 __all__ = [
-    "CHILD", "AttachedPart", "OutputAffine", "ScaledSiLU", "attach_affine", "attached", "detach_affine",
-    "empty_attached", "install_scaled", "put",
+    "CHILD", "AttachedPart", "OutputAffine", "Rectifier", "ScaledSiLU", "attach_affine", "attached", "detach_affine",
+    "empty_attached", "install_rectifier", "install_scaled", "put",
 ]  # fmt: skip
 
 CHILD = "hfq_matrix"
@@ -117,6 +118,16 @@ class ScaledSiLU(AttachedPart):
         return str(self.size)
 
 
+class Rectifier(AttachedPart):
+    """``max(x, 0)`` in the place of the activation that the model was built with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "relu"}
+
+
 # A function of the module that it hangs on, so that a deep copy of a model uses its own tensors.
 def _apply_affine(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return module.hfq_matrix(output)
@@ -156,6 +167,11 @@ def install_scaled(model: nn.Module, name: str, part: ScaledSiLU) -> None:
     model.set_submodule(name, part)
 
 
+def install_rectifier(model: nn.Module, name: str) -> None:
+    """Put a :class:`Rectifier` in the place of the activation ``name``."""
+    model.set_submodule(name, Rectifier().train(model.get_submodule(name).training))
+
+
 def attached(model: nn.Module) -> list[dict[str, Any]]:
     """Manifest entries of all parts: name of the norm or of the activation, kind, sizes."""
     found = []
@@ -163,12 +179,13 @@ def attached(model: nn.Module) -> list[dict[str, Any]]:
         part = module._modules.get(CHILD)
         if isinstance(part, OutputAffine):
             found.append({"module": name, **part.describe()})
-        elif isinstance(module, ScaledSiLU):
+        elif isinstance(module, (ScaledSiLU, Rectifier)):
             found.append({"module": name, **module.describe()})
     return found
 
 
-_FIELDS = {"affine": {"module", "kind", "size", "matrix", "shift", "dtype"}, "silu": {"module", "kind", "size"}}
+_FIELDS = {"affine": {"module", "kind", "size", "matrix", "shift", "dtype"}, "silu": {"module", "kind", "size"},
+           "relu": {"module", "kind"}}  # fmt: skip
 
 
 def empty_attached(model: nn.Module, entry: Mapping[str, Any], place: str, widths: set[int]) -> nn.Module | None:
@@ -184,6 +201,9 @@ def empty_attached(model: nn.Module, entry: Mapping[str, Any], place: str, width
     where = f"the part attached to {entry.get('module')!r}"
     if kind not in _FIELDS or set(entry) != _FIELDS[kind]:
         raise CheckpointError(f"{where} in the manifest is damaged, or needs a newer hfq: {dict(entry)}")
+    if kind == "relu":
+        _check_activation(module, where)
+        return None if isinstance(module, Rectifier) else Rectifier()
     if isinstance(size, bool) or not isinstance(size, int) or size not in widths:
         raise CheckpointError(f"{where} in the manifest has size {size!r}, which fits nothing there")
     device = next((p.device for p in module.parameters()), next(model.parameters()).device)
@@ -194,8 +214,7 @@ def empty_attached(model: nn.Module, entry: Mapping[str, Any], place: str, width
             return None
         raise CheckpointError(f"{where} is there already, and otherwise than the manifest says")
     if kind == "silu":
-        if next(module.parameters(), None) is not None or next(module.children(), None) is not None:
-            raise CheckpointError(f"{where}: {type(module).__name__} is no activation")
+        _check_activation(module, where)
         return ScaledSiLU(size, device=device)
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     matrix, shift, dtype = entry["matrix"], entry["shift"], dtypes.get(str(entry["dtype"]))
@@ -204,10 +223,17 @@ def empty_attached(model: nn.Module, entry: Mapping[str, Any], place: str, width
     return OutputAffine(size, matrix=matrix, shift=shift, dtype=dtype, device=device)
 
 
+def _check_activation(module: nn.Module, where: str) -> None:
+    if next(module.parameters(), None) is not None or next(module.children(), None) is not None:
+        raise CheckpointError(f"{where}: {type(module).__name__} is no activation")
+
+
 def put(model: nn.Module, place: str, part: nn.Module) -> None:
     """Install a part made by :func:`empty_attached`."""
     if isinstance(part, ScaledSiLU):
         install_scaled(model, place, part)
+    elif isinstance(part, Rectifier):
+        install_rectifier(model, place)
     else:
         assert isinstance(part, OutputAffine)
         attach_affine(model.get_submodule(place), part)

@@ -100,7 +100,7 @@ def quantize(model: Any, data: Any, config: CBQConfig, report: Report) -> None:
     from hfq.calibration.outliers import RULES
     from hfq.calibration.walk import generator
     from hfq.formats import ActivationSpec
-    from hfq.reconstruction import balance, learners
+    from hfq.reconstruction import balance, learners, loop
     from hfq.reconstruction import window as reconstruct
     from hfq.reconstruction.direct import pack_outside
     from hfq.rounding.lowrank import sharpness
@@ -132,7 +132,7 @@ def quantize(model: Any, data: Any, config: CBQConfig, report: Report) -> None:
                 autocast=torch.bfloat16 if config.mixed_precision else None,
             )  # fmt: skip
             if curve:
-                report.curves[window.steps[0].block.name] = _thinned(curve)
+                report.curves[window.steps[0].block.name] = loop.thinned(curve)
         for step in window.leaving():
             learners.pack(step, window.learners[step.block.name], lambda name: config.spec_for(name).to_dict())
     pack_outside(plan, config, report)
@@ -185,10 +185,3 @@ def _learner(step: Any, ratios: Mapping[str, Any], config: CBQConfig) -> nn.Modu
         return None if bits == 16 else ActivationSpec(bits, factor=True)
 
     return learner_of(step, config.spec_for, options, inputs_for=inputs, ratios=ratios)
-
-
-def _thinned(curve: list[float], points: int = 100) -> list[float]:
-    """A loss curve short enough for a report: means over equal stretches."""
-    width = -(-len(curve) // points) if curve else 1
-    parts = (curve[i : i + width] for i in range(0, len(curve), width))
-    return [float(f"{sum(part) / len(part):.6g}") for part in parts]

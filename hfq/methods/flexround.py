@@ -78,7 +78,7 @@ def quantize(model: Any, data: Any, config: FlexRoundConfig, report: Report) -> 
     import torch
 
     from hfq.calibration.walk import generator, walk
-    from hfq.reconstruction import block
+    from hfq.reconstruction import block, loop
     from hfq.reconstruction.direct import pack_outside
 
     plan = config.plan(model)
@@ -90,7 +90,7 @@ def quantize(model: Any, data: Any, config: FlexRoundConfig, report: Report) -> 
             mix=config.input_mix, autocast=torch.bfloat16 if config.mixed_precision else None, holdout=config.holdout,
             patience=config.patience, generator=random,
         )  # fmt: skip
-        report.curves[step.block.name] = _thinned(curve)
+        report.curves[step.block.name] = loop.thinned(curve)
         _pack(step, quantizers, config)
     pack_outside(plan, config, report, clip=config.clip)
 
@@ -184,11 +184,3 @@ def _pack(step: Any, quantizers: dict[str, Any], config: FlexRoundConfig) -> Non
                 "moved_far_share": round(float((shifts > 1).float().mean()), 6),
             }
             step.swap(site, q.codes(), asked=asked, extra=extra)
-
-
-def _thinned(curve: list[float], points: int = 100) -> list[float]:
-    """A loss curve short enough for a report: means over equal stretches."""
-    width = -(-len(curve) // points) if curve else 1
-    return [
-        float(f"{sum(part) / len(part):.6g}") for part in (curve[i : i + width] for i in range(0, len(curve), width))
-    ]

@@ -19,7 +19,7 @@ from hfq.reconstruction.static import Round, input_grid, input_options
 from hfq.report import Report
 from hfq.transforms import reparameterize
 
-__all__ = ["Fold", "behind_norms", "outside_norms", "pack_group", "reader_weights"]
+__all__ = ["Fold", "behind_norms", "fold_by_mean", "mean_grid", "outside_norms", "pack_group", "reader_weights"]
 
 # ``(rows, pair, bits, may shift)`` to the rows as they are now, their range (``None``: to be found), and what a report
 # row says. Norm and readers are changed in place.
@@ -45,6 +45,22 @@ def behind_norms(step: Step, proven: Sequence[Pair], report: Report, seed: int =
             report.note(f"{name}: channels are scaled and not shifted: {reason}")
         found.update({link.name: (pair, not reason) for link in pair.readers})
     return found
+
+
+def mean_grid(rows: torch.Tensor, pair: Pair, bits: int, shifts: bool) -> reparameterize.Grid:
+    """The mean of the grids of the norm's channels, folded into norm and readers."""
+    grid = reparameterize.common_grid(*ranges.fit_channels(rows, bits, symmetric=not shifts), bits)
+    reparameterize.fold(pair, grid.ratio, grid.shift)
+    return grid
+
+
+def fold_by_mean(
+    rows: torch.Tensor, pair: Pair, bits: int, shifts: bool
+) -> tuple[torch.Tensor, Parameters | None, dict[str, Any]]:
+    """:func:`mean_grid` as a :data:`Fold` that leaves the range of what comes out to be found."""
+    grid = mean_grid(rows, pair, bits, shifts)
+    extra = {"reparameterized": pair.sources[0].name, "shifted": shifts}
+    return (rows.double() / grid.ratio + grid.shift).float(), None, extra
 
 
 def reader_weights(pair: Pair) -> list[torch.Tensor]:

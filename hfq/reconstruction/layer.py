@@ -14,9 +14,9 @@ from hfq.calibration.capture import device_of
 from hfq.errors import QuantizationError
 from hfq.reconstruction import loop
 from hfq.reconstruction.block import frozen
-from hfq.reconstruction.samples import Samples
+from hfq.reconstruction.samples import Calls, Samples
 
-__all__ = ["fit", "fit_second_moment"]
+__all__ = ["fit", "fit_second_moment", "forward_with"]
 
 
 def fit(
@@ -26,6 +26,8 @@ def fit(
     targets: Sequence[torch.Tensor] | None = None,
     *,
     mask: Callable[[int], torch.Tensor | None] | None = None,
+    float_inputs: Sequence[torch.Tensor] | None = None,
+    mix: float = 0.0,
     **options: Any,
 ) -> list[float]:
     """Train the quantizer of one linear or convolution on its own output.
@@ -35,6 +37,7 @@ def fit(
         inputs: what the layer reads in the quantized stream, ``[B, ...]`` each.
         targets: what it should give, ``[B, ...]`` each; default: the float layer on the same inputs.
         mask: gives the padding mask of call ``i``.
+        float_inputs, mix: with this probability an element of the input is taken from those.
         options: as for :func:`hfq.reconstruction.loop.optimise`.
     """
     module = site.module
@@ -42,13 +45,21 @@ def fit(
         with torch.no_grad():
             targets = [module(x) for x in inputs]
 
+    others = None if float_inputs is None else Calls(float_inputs)
+    samples = Samples(Calls(inputs), targets, float_inputs=others, mix=mix, mask=mask, device=device_of(module))
+    with frozen(module):
+        return loop.optimise(forward_with(site), {site.name: quantizer}, samples, where=site.name, **options)
+
+
+def forward_with(site: Any) -> loop.Forward:
+    """A function that runs the module of ``site`` with another weight under the site's name."""
+    module = site.module
+
     def forward(weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         weight = weights[site.name].to(module.weight.dtype)
         return functional_call(module, {"weight": weight.t() if site.kind == "transposed" else weight}, args, kwargs)
 
-    samples = Samples([((x,), {}) for x in inputs], targets, mask=mask, device=device_of(module))
-    with frozen(module):
-        return loop.optimise(forward, {site.name: quantizer}, samples, where=site.name, **options)
+    return forward
 
 
 def fit_second_moment(

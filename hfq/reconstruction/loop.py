@@ -18,12 +18,13 @@ from hfq.errors import ConfigError, QuantizationError
 from hfq.reconstruction import losses
 from hfq.reconstruction.samples import Samples
 
-__all__ = ["optimise"]
+__all__ = ["optimise", "thinned"]
 
 Forward = Callable[[dict[str, torch.Tensor], tuple[Any, ...], dict[str, Any]], torch.Tensor]
 LearningRate = float | Callable[[str, nn.Parameter], float]
 
 
+@torch.enable_grad()  # whatever mode the caller is in
 def optimise(
     forward: Forward,
     quantizers: Mapping[str, nn.Module],
@@ -113,6 +114,13 @@ def optimise(
     if keep == "best":
         best.restore()
     return curve
+
+
+def thinned(curve: list[float], points: int = 100) -> list[float]:
+    """A loss curve short enough for a report: means over equal stretches."""
+    width = -(-len(curve) // points) if curve else 1
+    parts = (curve[i : i + width] for i in range(0, len(curve), width))
+    return [float(f"{sum(part) / len(part):.6g}") for part in parts]
 
 
 class _Run:

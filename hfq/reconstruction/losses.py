@@ -14,7 +14,7 @@ from hfq.errors import ConfigError
 
 __all__ = [
     "LOSSES", "Loss", "divergence", "get", "mse", "relative", "sum_of_squares", "token_relative", "unit_mean",
-    "unit_rms", "weighted",
+    "unit_means", "unit_rms", "weighted",
 ]  # fmt: skip
 
 Loss = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -104,8 +104,13 @@ def unit_rms(weight: torch.Tensor) -> torch.Tensor:
 
 def unit_mean(weight: torch.Tensor) -> torch.Tensor:
     """``weight`` (not negative) scaled to a mean of one; all zeros become ones."""
-    size = weight.double().mean()
-    return torch.ones_like(weight) if not size > 0 else (weight.double() / size).to(weight.dtype)
+    return unit_means([weight])[0]
+
+
+def unit_means(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """:func:`unit_mean` of several tensors together."""
+    size = sum(float(w.double().sum()) for w in weights) / max(sum(w.numel() for w in weights), 1)
+    return [torch.ones_like(w) if not size > 0 else (w.double() / size).to(w.dtype) for w in weights]
 
 
 LOSSES: dict[str, Loss] = {

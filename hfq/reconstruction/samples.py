@@ -11,7 +11,7 @@ from hfq.calibration import ranks
 from hfq.calibration.cache import leaves, rebuild
 from hfq.calibration.capture import first_tensor, to_device
 
-__all__ = ["Part", "Samples"]
+__all__ = ["Calls", "Part", "Samples", "SideBySide"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -28,6 +28,37 @@ class Part:
 
     def __init__(self, call: Call, target: torch.Tensor, mask: torch.Tensor | None, rows: int) -> None:
         self.call, self.target, self.mask, self.rows = call, target, mask, rows
+
+
+class Calls(Sequence[Call]):
+    """Calls with one tensor each; the tensors are read when they are asked for."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return (self.tensors[index],), {}
+
+
+class SideBySide(Sequence[torch.Tensor]):
+    """Two lists of tensors, joined in their last axis when one is asked for."""
+
+    def __init__(self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> None:
+        self.pair = first, second
+
+    def __len__(self) -> int:
+        return len(self.pair[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        first, second = (tensors[index] for tensors in self.pair)
+        return torch.cat([first, second.to(first.device)], -1)
 
 
 class Samples:

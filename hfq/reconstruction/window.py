@@ -24,7 +24,7 @@ from hfq.layers import attention
 from hfq.layers.fake import fake_inputs
 from hfq.reconstruction import loop, losses
 from hfq.reconstruction.block import frozen, independent, replacing
-from hfq.reconstruction.samples import Samples
+from hfq.reconstruction.samples import Samples, SideBySide
 
 __all__ = ["distance", "fit", "forward_with", "plain_attention", "samples_of"]
 
@@ -152,24 +152,10 @@ def samples_of(
     window: Window, reference: Sequence[torch.Tensor] | None, forward: loop.Forward, device: torch.device
 ) -> Samples:
     """The window's calls with both targets side by side (or only the first)."""
-    targets = window.targets if reference is None else _SideBySide(window.targets, reference)
+    targets = window.targets if reference is None else SideBySide(window.targets, reference)
     with plain_attention(window):
         apart = independent(forward, window.inputs, window.targets, device)
     return Samples(window.inputs, targets, mask=window.mask, device=device, whole=not apart)
-
-
-class _SideBySide(Sequence[torch.Tensor]):
-    def __init__(self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> None:
-        self.pair = first, second
-
-    def __len__(self) -> int:
-        return len(self.pair[0])
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        first, second = (tensors[index] for tensors in self.pair)
-        return torch.cat([first, second.to(first.device)], -1)
 
 
 def _stored(window: Window, same_input: bool) -> TensorList | None:

@@ -30,6 +30,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+LEARN = {"steps": 8, "mlp_steps": 8, "candidates": 16, "attention_candidates": 5, "rounds": 1, "lr": 1e-2}
 QUICK = {"coarse": 6, "clip_search_steps": 24, "noise_steps": 12, "mean_steps": 6, "search_rows": 128}
 ROWS = {
     row.slug: row
@@ -38,6 +39,7 @@ ROWS = {
         Row("gptq", {"observer": "percentile"}),
         Row("repquant", {"clip_steps": 10}),
         Row("noisyquant", QUICK),
+        Row("aphq_vit", LEARN),
         Row("lrp_qvit", {"mixed": False, "clip_shares": [0.99, 1.0]}),
         Row("mptq_vit", {"candidates": 12, "low": 0.4, "rounds": 1, "search_rows": 64}),
     )
