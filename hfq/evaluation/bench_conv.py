@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,9 +48,7 @@ def _operand(geometry: Geometry, bits: int, spec: ActivationSpec | None) -> tupl
     return Operand(conv.prepare(packed, geometry, dtype=torch.float32, activation=spec), geometry), packed
 
 
-def _rows(
-    case: tuple[int, ...], options: bench.Options
-) -> Iterator[tuple[Row, Callable[[], torch.Tensor]]]:
+def _rows(case: tuple[int, ...], options: bench.Options) -> Iterator[bench.Candidate]:
     images, side, inputs, outputs, taps, stride, groups = case
     pad = taps // 2
     geometry = Geometry(inputs, outputs, (taps, taps), (stride, stride), (pad, pad, pad, pad), (1, 1), groups)
@@ -104,25 +101,6 @@ def cpu(options: bench.Options) -> Iterator[Row]:
     """All shapes, each beside ``F.conv2d`` on the same input in the same turns."""
     for case in CASES[:2] if options.quick else CASES:
         images, side, inputs, outputs, taps, stride, groups = case
-        with bench.environment(threads=1, HFQ_STRICT="1"), torch.inference_mode():
-            found = list(_rows(case, options))
-            good = [(row, call) for row, call in found if not row.ok]
-            x, weight = torch.randn(images, inputs, side, side), torch.randn(outputs, inputs // groups, taps, taps)
-
-            def base(x: Any = x, weight: Any = weight, more: Any = (stride, taps // 2, 1, groups)) -> torch.Tensor:
-                return F.conv2d(x, weight, None, *more)
-
-            calls = [base, *(call for _, call in good)]
-            times = bench.best_of(calls, options.rounds, time.thread_time) if good else []
-        walls: list[float] = []
-        idle = os.getloadavg()[0] < 1 if options.all_cores is None else options.all_cores
-        if good and idle and (os.cpu_count() or 1) > 1:
-            with bench.environment(threads=os.cpu_count(), HFQ_STRICT="1"), torch.inference_mode():
-                walls = bench.best_of(calls, options.rounds, time.perf_counter)
-        for i, (row, _) in enumerate(good, 1):
-            row.us, row.baseline_us, row.ratio = times[i], times[0], times[0] / times[i]
-            if walls:
-                row.wall_us, row.wall_ratio = walls[i], walls[0] / walls[i]
-            if row.target is not None:
-                row.ok = "y" if row.ratio >= row.target else "n"
-        yield from (row for row, _ in found)
+        x, weight = torch.randn(images, inputs, side, side), torch.randn(outputs, inputs // groups, taps, taps)
+        base = partial(F.conv2d, x, weight, None, stride, taps // 2, 1, groups)
+        yield from bench.timed(base, partial(_rows, case, options), options)

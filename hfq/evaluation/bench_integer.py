@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ def _error(y: torch.Tensor, x: torch.Tensor, packed: PackedWeight, act: Activati
 
 def _candidates(
     n: int, k: int, m: int, options: bench.Options, prepared: dict[Any, Any]
-) -> Iterator[tuple[Row, Callable[[], torch.Tensor]]]:
+) -> Iterator[bench.Candidate]:
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
     x[:, k // 3] *= 30
     for bits, group, whole, name, act, memory in CASES[:1] + CASES[3:4] if options.quick else CASES:
@@ -85,25 +84,5 @@ def cpu(options: bench.Options) -> Iterator[Row]:
     for n, k in bench.SHAPES[1:] if options.quick else bench.SHAPES:
         weight, prepared = torch.randn(n, k), {}
         for m in (1, 128) if options.quick else bench.ROWS:
-            with bench.environment(threads=1, HFQ_STRICT="1"), torch.inference_mode():
-                found = list(_candidates(n, k, m, options, prepared))
-                good = [(row, call) for row, call in found if not row.ok]
-                x = torch.randn(m, k)
-
-                def base(x: torch.Tensor = x, weight: torch.Tensor = weight) -> torch.Tensor:
-                    return torch.nn.functional.linear(x, weight)
-
-                calls = [base, *(call for _, call in good)]
-                times = bench.best_of(calls, options.rounds, time.thread_time) if good else []
-            walls: list[float] = []
-            idle = os.getloadavg()[0] < 1 if options.all_cores is None else options.all_cores
-            if good and idle and (os.cpu_count() or 1) > 1:
-                with bench.environment(threads=os.cpu_count(), HFQ_STRICT="1"), torch.inference_mode():
-                    walls = bench.best_of(calls, options.rounds, time.perf_counter)
-            for i, (row, _) in enumerate(good, 1):
-                row.us, row.baseline_us, row.ratio = times[i], times[0], times[0] / times[i]
-                if walls:
-                    row.wall_us, row.wall_ratio = walls[i], walls[0] / walls[i]
-                if row.target is not None:
-                    row.ok = "y" if row.ratio >= row.target else "n"
-            yield from (row for row, _ in found)
+            base = partial(torch.nn.functional.linear, torch.randn(m, k), weight)
+            yield from bench.timed(base, partial(_candidates, n, k, m, options, prepared), options)

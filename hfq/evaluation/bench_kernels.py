@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Options:
 
 
 Clock = Callable[[], float]
+Candidate = tuple[Row, Callable[[], torch.Tensor]]
 
 
 def best_of(calls: Sequence[Callable[[], Any]], rounds: int, clock: Clock) -> list[float]:
@@ -148,7 +150,7 @@ class _CpuShape:
         rows = [row for row in kernels.table() if row.op == "wna16" and not row.why_not(case, forced=True)]
         return list(dict.fromkeys(row.backend for row in rows if row.backend != "reference"))
 
-    def candidates(self, m: int) -> Iterator[tuple[Row, Callable[[], torch.Tensor]]]:
+    def candidates(self, m: int) -> Iterator[Candidate]:
         dtypes = (torch.float32,) if self.options.quick else (torch.float32, torch.bfloat16)
         for bits, group in self.formats:
             for dtype in dtypes:
@@ -158,7 +160,7 @@ class _CpuShape:
                     if self.options.wants(head, any_backend=True):
                         yield from self._of(head, dtype, memory)
 
-    def _of(self, head: Row, dtype: torch.dtype, memory: str) -> Iterator[tuple[Row, Callable[[], torch.Tensor]]]:
+    def _of(self, head: Row, dtype: torch.dtype, memory: str) -> Iterator[Candidate]:
         exact, runtime = self.weight(head.bits, head.group, memory)
         x = torch.randn(head.M, self.k, generator=torch.Generator().manual_seed(head.M))
         x[:, self.k // 3] *= 30
@@ -182,31 +184,40 @@ def _cpu(options: Options) -> Iterator[Row]:
     for n, k in shapes:
         shape = _CpuShape(n, k, options)
         for m in (1, 128) if options.quick else ROWS:
-            yield from _cpu_rows(shape, m, options)
+            x = torch.randn(m, k)
+            base = partial(torch.nn.functional.linear, x, shape.float_weight)
+            yield from timed(base, partial(shape.candidates, m), options)
 
 
-def _cpu_rows(shape: _CpuShape, m: int, options: Options) -> list[Row]:
-    """Time the candidates of one shape and M; baselines in the same turns."""
+def timed(base: Callable[[], Any], candidates: Callable[[], Iterator[Candidate]], options: Options) -> list[Row]:
+    """Rows of all candidates, timed in the same turns as ``base``; those found wrong are passed on untimed.
+
+    Args:
+        base: the float operation.
+        candidates: makes them, and checks them (under one thread and without fallbacks).
+    """
     with environment(threads=1, HFQ_STRICT="1"), torch.inference_mode():
-        found = list(shape.candidates(m))
+        found = list(candidates())
         good = [(row, call) for row, call in found if not row.ok]
-        if not good:
-            return [row for row, _ in found]
-        x = torch.randn(m, shape.k)
-        calls = [lambda: torch.nn.functional.linear(x, shape.float_weight), *(call for _, call in good)]
-        base, *times = best_of(calls, options.rounds, time.thread_time)
+        calls = [base, *(call for _, call in good)]
+        times = best_of(calls, options.rounds, time.thread_time) if good else []
     walls: list[float] = []
     idle = os.getloadavg()[0] < 1 if options.all_cores is None else options.all_cores
-    if idle and (os.cpu_count() or 1) > 1:
+    if good and idle and (os.cpu_count() or 1) > 1:
         with environment(threads=os.cpu_count(), HFQ_STRICT="1"), torch.inference_mode():
             walls = best_of(calls, options.rounds, time.perf_counter)
-    for i, ((row, _), spent) in enumerate(zip(good, times, strict=True)):
-        row.us, row.baseline_us, row.ratio = spent, base, base / spent
+    for i, (row, _) in enumerate(good, 1):
+        measured(row, times[i], times[0])
         if walls:
-            row.wall_us, row.wall_ratio = walls[i + 1], walls[0] / walls[i + 1]
-        if row.target is not None:
-            row.ok = "y" if row.ratio >= row.target else "n"
+            row.wall_us, row.wall_ratio = walls[i], walls[0] / walls[i]
     return [row for row, _ in found]
+
+
+def measured(row: Row, spent: float, base: float) -> None:
+    """Write the time of a row and of its baseline (microseconds), and whether it reaches its target."""
+    row.us, row.baseline_us, row.ratio = spent, base, base / spent
+    if row.target is not None:
+        row.ok = "y" if row.ratio >= row.target else "n"
 
 
 def _integer(options: Options) -> Iterator[Row]:

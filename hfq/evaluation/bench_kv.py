@@ -104,6 +104,7 @@ def cpu(options: bench.Options) -> Iterator[Row]:
         for name, (bits, form) in forms.items():
             for way in ("step", "read"):
                 row = Row("kv", bits, -1, heads[0], TOKENS, heads[1] * heads[2], "float32", "", f"{name}-{way}")
+                row.target = TARGET if row.config == "uniform-step" else None
                 if options.wants(row, any_backend=True):
                     found.append((row, form, way))
         if found:
@@ -131,8 +132,5 @@ def _timed(case: _Case, found: list[tuple[Row, KVFormat, str]], options: bench.O
         plain = [case.step, lambda: case.attention(case.key, case.value)]
         step, read, *times = bench.best_of([*plain, *calls], options.rounds, time.thread_time)
     for (row, way), spent in zip(good, times, strict=True):
-        row.us, row.baseline_us = spent, step if way == "step" else read
-        row.ratio = row.baseline_us / spent
-        if row.config == "uniform-step":
-            row.target, row.ok = TARGET, "y" if row.ratio >= TARGET else "n"
+        bench.measured(row, spent, step if way == "step" else read)
     yield from (row for row, _, _ in found)
