@@ -238,6 +238,12 @@ def _convolutions(options: Options) -> Iterator[Row]:
     yield from bench_conv.cpu(options)
 
 
+def _attention(options: Options) -> Iterator[Row]:
+    from hfq.evaluation import bench_attention
+
+    yield from bench_attention.cpu(options)
+
+
 def _cuda(options: Options) -> Iterator[Row]:
     """Rows of the Triton kernels, measured as CUDA graphs that rotate over more weights than the L2 cache holds."""
     from hfq.kernels.triton import benchmark
@@ -274,7 +280,7 @@ def _cuda_integer(options: Options) -> Iterator[Row]:
 
 # What is measured on a device: add to the list of a device to have more operations in the table.
 SUITES: dict[str, list[Callable[[Options], Iterator[Row]]]] = {
-    "cpu": [_cpu, _integer, _cache, _convolutions], "cuda": [_cuda, _cuda_integer],
+    "cpu": [_cpu, _integer, _cache, _convolutions, _attention], "cuda": [_cuda, _cuda_integer],
 }
 
 

@@ -5,8 +5,9 @@ and masks are added to it in floats, the softmax is one of float32, and its resu
 uniform grid take one sum with the values, those on two grids or on a logarithmic one a sum for each grid or plane (see
 :func:`hfq.formats.log.planes`), each multiplied once.
 
-A CPU multiplies whole numbers exactly as float32 while the sums stay below ``2**24``; longer sums are cut. That is as
-fast as the float product and has no overhead a head, so byte products, head by head, run where they are asked for.
+A CPU multiplies whole numbers exactly as float32 while the sums stay below ``2**24``; longer sums are cut. Byte
+products, head by head, take longer on every shape of ``hfq bench kernels --only attention --every-backend``, and run
+where they are asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from hfq.kernels.byte_mm import integer_mm
 from hfq.kernels.dispatch import Case, Row
 from hfq.kernels.isa import isa
 
-__all__ = ["SIDES", "attention_float", "attention_int", "repeated", "scores_of"]
+__all__ = ["SIDES", "attention_float", "attention_int", "case_of", "repeated", "scores_of"]
 
 SIDES = ("query", "key", "value", "probabilities")
 Specs = Mapping[str, Grid]
@@ -92,11 +93,15 @@ def attention_int(
         numbers = [n for name in SIDES for n in _numbers(specs[name])]
         return torch.ops.hfq.attention_int(query, key, value, mask, scaling, tensors, numbers)
     _check(specs)
-    b, h, m, k = query.shape
-    case = Case("attention", query.device.type, query.dtype, max(spec.bits for spec in specs.values()), m, key.shape[2],
-                k, k, isa=isa())
-    name = dispatch.choose(case, "attention").backend
+    name = dispatch.choose(case_of(query, key, specs), "attention").backend
     return dispatch.BACKENDS["attention", name](query, key, value, mask, scaling, specs, params)
+
+
+def case_of(query: torch.Tensor, key: torch.Tensor, specs: Specs) -> Case:
+    """What the dispatch decides by: ``M`` queries and ``N`` keys of a head of width ``K``."""
+    m, k = query.shape[2:]
+    bits = max(spec.bits for spec in specs.values())
+    return Case("attention", query.device.type, query.dtype, bits, m, key.shape[2], k, k, isa=isa())
 
 
 def _check(specs: Specs) -> None:

@@ -84,3 +84,11 @@ def test_integer_products_have_rows_with_targets():
     assert {(row.bits, row.M) for row in rows} == {(8, 1), (8, 128), (4, 1), (4, 128)}
     assert all(row.error <= 1e-6 and row.backend == "aten_int8" and row.ratio == 1.0 for row in rows)
     assert {row.ok for row in rows if row.bits == 8 and row.M == 128} == {"n"}
+
+
+def test_attention_compares_its_backends():
+    options = {"quick": True, "only": "attention", "rounds": 1, "all_cores": False}
+    chosen = bench_kernels.run("cpu", **options)
+    assert [(row.backend, row.M, row.N, row.K) for row in chosen] == [("float_codes", 3 * 197, 197, 64)]
+    rows = bench_kernels.run("cpu", **options, every_backend=True)
+    assert {row.backend for row in rows} == {"float_codes", "aten_int8"} and all(0 < row.error < 1e-3 for row in rows)
