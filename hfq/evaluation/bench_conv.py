@@ -6,23 +6,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from hfq import kernels
 from hfq.evaluation import bench_kernels as bench
 from hfq.evaluation.kernel_rows import Row
 from hfq.formats import ActivationSpec, QuantSpec, activation
-from hfq.kernels import conv, reference
+from hfq.kernels import PackedWeight, conv, dispatch, reference
 from hfq.kernels.conv import Operand
 from hfq.kernels.geometry import Geometry
 
 __all__ = ["cpu"]
 
-# Images, side, input channels, output channels, taps, stride, groups; the first two are what --quick measures.
+# Images, side, input channels, output channels, taps, stride, groups; the first two are what --quick measures. The last
+# three are on both sides of the size from which weights are convolved as a product of rows.
 CASES: tuple[tuple[int, int, int, int, int, int, int], ...] = (
     (4, 32, 64, 64, 3, 1, 1),
     (4, 16, 128, 128, 1, 1, 1),
@@ -32,6 +34,9 @@ CASES: tuple[tuple[int, int, int, int, int, int, int], ...] = (
     (16, 8, 384, 768, 1, 1, 1),
     (1, 112, 3, 64, 7, 2, 1),
     (4, 32, 128, 128, 3, 1, 128),
+    (8, 16, 256, 256, 3, 1, 1),
+    (8, 8, 512, 512, 3, 2, 1),
+    (8, 4, 512, 512, 3, 2, 1),
 )
 STATIC = ActivationSpec(8, True, "tensor", dynamic=False)
 # Width of the codes, inputs, coarse part: whole 8 bits, 4 bits, two parts, floats.
@@ -41,11 +46,19 @@ FORMATS: tuple[tuple[int, str, ActivationSpec | None], ...] = (
 TARGETS = {"conv3": 2.5}
 
 
-def _operand(geometry: Geometry, bits: int, spec: ActivationSpec | None) -> tuple[Operand, Any]:
+def _weight(geometry: Geometry, bits: int) -> PackedWeight:
     packed = bench.operands(bits, -1, geometry.out_channels, geometry.columns)
-    grid = QuantSpec(bits, symmetric=True)
-    packed.spec, packed.zero_point = grid, None
-    return Operand(conv.prepare(packed, geometry, dtype=torch.float32, activation=spec), geometry), packed
+    packed.spec, packed.zero_point = QuantSpec(bits, symmetric=True), None
+    return packed
+
+
+def _backends(packed: PackedWeight, geometry: Geometry, spec: ActivationSpec | None, every: bool) -> list[str]:
+    """The one that is chosen, or all but the reference that can serve the weight."""
+    case = conv.case_of(packed, geometry, 1, torch.float32, "cpu", False, spec)
+    if not every:
+        return [dispatch.choose(case, packed.name).backend]
+    rows = [row for row in kernels.table() if row.op == "qconv2d" and not row.why_not(case, forced=True)]
+    return list(dict.fromkeys(row.backend for row in rows if row.backend != "reference"))
 
 
 def _rows(case: tuple[int, ...], options: bench.Options) -> Iterator[bench.Candidate]:
@@ -63,37 +76,43 @@ def _rows(case: tuple[int, ...], options: bench.Options) -> Iterator[bench.Candi
         head = Row("conv", bits, -1, shape[0] * shape[2] * shape[3], outputs, geometry.columns, "float32", "", config)
         if not options.wants(head, any_backend=True):
             continue
-        pairs = [_operand(place, bits, spec) for place in ([geometry, geometry.centre((1, 1))] if two else [geometry])]
         params = None if spec is None else activation.range_parameters(x.amin().view(1), x.amax().view(1), spec)
-        operands = [operand for operand, _ in pairs]
-        lines = conv.explain(operands[0], head.M, torch.float32, spec)
-        held = sum(8 * one.runtime.nbytes for one in operands) / (outputs * geometry.columns)
-        row = Row(**(asdict(head) | {
-            "backend": next(line.backend for line in lines if line.chosen), "bits_held": round(held, 2),
-            "target": TARGETS["conv3"] if (bits, name, taps, stride, groups) == (8, "a8s", 3, 1, 1) else None,
-        }))  # fmt: skip
-        if not options.wants(row):
-            continue
+        parts = [geometry, geometry.centre((1, 1))] if two else [geometry]
+        places = [(place, _weight(place, bits)) for place in parts]
+        for backend in _backends(places[0][1], geometry, spec, options.every_backend):
+            row = replace(head, backend=backend)
+            row.target = TARGETS["conv3"] if (bits, name, taps, stride, groups) == (8, "a8s", 3, 1, 1) else None
+            if options.wants(row):
+                yield _candidate(row, x, places, spec, params)
 
-        def call(operands: Any = operands, spec: Any = spec, params: Any = params) -> torch.Tensor:
+
+def _candidate(row: Row, x: torch.Tensor, places: Any, spec: ActivationSpec | None, params: Any) -> bench.Candidate:
+    """One backend's form of the weights, checked."""
+    with kernels.use(qconv2d=row.backend):
+        operands = [Operand(conv.prepare(packed, place, dtype=torch.float32, activation=spec), place)
+                    for place, packed in places]  # fmt: skip
+
+    def call() -> torch.Tensor:
+        with kernels.use(qconv2d=row.backend):
             return conv.conv2d(x, operands, None, spec, params)
 
-        row.error = _error(call(), x, pairs, spec, params)
-        limit = bench.LIMIT if spec is None else 1e-6
-        if not row.error <= limit:
-            row.ok = f"wrong: error {row.error:.1e} is above {limit:.0e}"
-        yield row, call
+    row.bits_held = round(sum(8 * one.runtime.nbytes for one in operands) / (row.N * row.K), 2)
+    row.error = _error(call(), x, places, spec, params)
+    limit = bench.LIMIT if spec is None or row.backend == "float_sums" else 1e-6  # the others sum whole numbers
+    if not row.error <= limit:
+        row.ok = f"wrong: error {row.error:.1e} is above {limit:.0e}"
+    return row, call
 
 
-def _error(y: torch.Tensor, x: torch.Tensor, pairs: Any, spec: ActivationSpec | None, params: Any) -> float:
+def _error(y: torch.Tensor, x: torch.Tensor, places: Any, spec: ActivationSpec | None, params: Any) -> float:
     """Relative distance to the definition, on the first image."""
     want = torch.zeros(())
-    for operand, packed in pairs:
+    for place, packed in places:
         if spec is None:
-            want = want + reference.conv2d(x[:1].double(), packed, operand.geometry)
+            want = want + reference.conv2d(x[:1].double(), packed, place)
         else:
             codes = activation.quantize(x[:1], spec, params)
-            want = want + reference.conv2d_int(codes, packed, operand.geometry, None, torch.float64)
+            want = want + reference.conv2d_int(codes, packed, place, None, torch.float64)
     return float((y[:1].double() - want).norm() / want.norm()) if torch.isfinite(y).all() else float("inf")
 
 

@@ -28,7 +28,7 @@ from hfq.kernels.geometry import Geometry
 from hfq.kernels.isa import float_compute, isa
 from hfq.kernels.packed import LAYOUTS, PackedWeight, Runtime
 
-__all__ = ["Geometry", "Operand", "conv2d", "explain", "prepare", "quantize_input"]
+__all__ = ["Geometry", "Operand", "case_of", "conv2d", "explain", "prepare", "quantize_input"]
 
 Parameters = activation.Parameters
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -42,10 +42,11 @@ class Operand:
     geometry: Geometry
 
 
-def _case(
+def case_of(
     weight: PackedWeight | Runtime, geometry: Geometry, M: int, dtype: torch.dtype, device: str, cached: bool,
     spec: ActivationSpec | None,
 ) -> Case:
+    """What the dispatch decides by, for ``M`` output positions; a weight without a runtime form has no layout yet."""
     zero = weight.zero_point
     whole = zero is None or (zero.dtype == torch.uint8 and (weight.spec.bits < 8 or _all(zero, 128)))
     return Case(
@@ -89,7 +90,7 @@ def prepare(
     if packed.qweight.is_meta or not packed.qweight.numel():
         return LAYOUTS["canonical"].make(packed, dtype)
     cached = memory == "cached"
-    case = _case(packed, geometry, 1, dtype, packed.qweight.device.type, cached, activation)
+    case = case_of(packed, geometry, 1, dtype, packed.qweight.device.type, cached, activation)
     row = dispatch.choose(case, packed.name)
     make = MAKERS.get(row.layout)
     runtime = LAYOUTS["canonical"].make(packed, dtype) if make is None else make(packed, geometry, dtype, activation)
@@ -165,7 +166,7 @@ def _backend(one: Operand, x: torch.Tensor, spec: ActivationSpec | None) -> str:
     name = runtime.plan.get(key) if forced is None else None
     if name is None:
         height, width = one.geometry.output(x.shape)[2:]
-        case = _case(runtime, one.geometry, x.shape[0] * height * width, x.dtype, x.device.type, runtime.cached, spec)
+        case = case_of(runtime, one.geometry, x.shape[0] * height * width, x.dtype, x.device.type, runtime.cached, spec)
         name = dispatch.choose(case, runtime.name).backend
         if forced is None:
             if len(runtime.plan) > 64:
@@ -201,7 +202,7 @@ _CHUNK = 1 << 17
 def explain(one: Operand, M: int, dtype: torch.dtype, spec: ActivationSpec | None) -> list[dispatch.Choice]:
     """Which backend serves ``M`` output positions, and why no other does."""
     runtime = one.runtime
-    return dispatch.explain(_case(runtime, one.geometry, M, dtype, runtime.scale.device.type, runtime.cached, spec))
+    return dispatch.explain(case_of(runtime, one.geometry, M, dtype, runtime.scale.device.type, runtime.cached, spec))
 
 
 # Backends of every device

@@ -2,9 +2,8 @@
 
 "conv_onednn" holds the weight in the blocked form of oneDNN, which gives the codes back bit for bit. "conv_rows" holds
 the matrix with columns ordered row, column, channel in the layout of the integer product, and lays the input out so
-that each output position is a row. Which is faster depends on the shape (measured, one core with AMX, batch 8, ms of
-onednn / rows): 64 to 128 channels 3x3 stride 2 at 32x32 0.19 / 0.72, 256 to 256 3x3 at 16x16 1.2 / 3.4, but 512 to 512
-3x3 stride 2 at 8x8 2.5 / 0.65 and at 4x4 2.3 / 0.66; without AMX the same shapes cross over.
+that each output position is a row. Large weights that few positions share are faster as rows: ``hfq bench kernels
+--only conv --every-backend`` compares both on either side of :data:`LARGE`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hfq.errors import ConfigError
-from hfq.evaluation import bench_kernels
+from hfq.evaluation import bench_conv, bench_kernels
 from hfq.kernels import dispatch
 
 
@@ -92,3 +92,12 @@ def test_attention_compares_its_backends():
     assert [(row.backend, row.M, row.N, row.K) for row in chosen] == [("float_codes", 3 * 197, 197, 64)]
     rows = bench_kernels.run("cpu", **options, every_backend=True)
     assert {row.backend for row in rows} == {"float_codes", "aten_int8"} and all(0 < row.error < 1e-3 for row in rows)
+
+
+def test_convolutions_compare_their_backends(monkeypatch):
+    monkeypatch.setattr(bench_conv, "CASES", ((1, 8, 16, 24, 3, 1, 1),))
+    options = {"only": "conv a8s w8", "rounds": 1, "all_cores": False}
+    (chosen,) = bench_kernels.run("cpu", **options)
+    rows = bench_kernels.run("cpu", **options, every_backend=True)
+    assert chosen.backend in {row.backend for row in rows} and {"rows", "float_sums"} <= {row.backend for row in rows}
+    assert all(row.us == 10.0 and row.error <= 1e-5 for row in rows)
