@@ -17,7 +17,6 @@ __all__ = [
     "averages",
     "checked",
     "join",
-    "nominal_bits",
     "resources",
     "site_bits",
     "stored_bits",
@@ -53,11 +52,6 @@ def site_bits(site: Any, spec: QuantSpec) -> float:
         else:
             total += stored_bits(shape[0], math.prod(shape[1:]), spec)
     return float(total)
-
-
-def nominal_bits(numel: int, widths: Iterable[int]) -> dict[int, float]:
-    """Bits of the codes alone."""
-    return {bits: float(numel * bits) for bits in widths}
 
 
 def table(shapes: Mapping[str, tuple[int, int]], spec: QuantSpec, widths: Iterable[int]) -> dict[str, dict[int, float]]:

@@ -19,7 +19,7 @@ from hfq.formats import ActivationSpec, activation, grids, twin
 from hfq.formats.activation import Parameters
 from hfq.formats.twin import TwinSpec
 
-__all__ = ["Found", "Product", "draw", "expected_change", "saturated", "search_noise", "search_scale", "search_twin"]
+__all__ = ["Found", "Product", "draw", "saturated", "search_noise", "search_scale", "search_twin"]
 
 Spec = ActivationSpec | TwinSpec
 _CHUNK = 1 << 22  # elements in flight
@@ -190,12 +190,3 @@ def search_noise(
         noise, mean, size, after = torch.zeros_like(noise), 0.0, 0.0, before
     return Found(noise, mean / step, size / step, before, after, clipped_before,
                  saturated(product.rows + noise, spec, params))
-
-
-def expected_change(x: torch.Tensor, n: torch.Tensor, b: float) -> torch.Tensor:
-    """Expected change of the squared error of a number at distance ``x`` from the middle of a bin of width ``2 b`` when
-    uniform noise of size ``n`` is added before coding and taken out after: ``n^2/3 - n b + 2 b x - (b/n) x^2``.
-
-    For ``x <= n <= 2 b - x``; negative exactly where ``x < n - sqrt(n^3 / (3 b))``.
-    """
-    return n**2 / 3 - n * b + 2 * b * x - b / n * x**2

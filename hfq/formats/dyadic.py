@@ -21,7 +21,7 @@ from torch import Tensor
 from hfq.errors import QuantizationError
 
 __all__ = [
-    "Dyadic", "bit_length", "decode", "fit", "fit_shared", "floor_div", "from_ratio", "ilog2", "isqrt", "round_div",
+    "Dyadic", "bit_length", "decode", "fit", "fit_shared", "floor_div", "from_ratio", "isqrt", "round_div",
     "round_div_positive", "rshift_round", "saturate", "shifted",
 ]
 
@@ -94,11 +94,6 @@ def bit_length(a: Tensor) -> Tensor:
             powers = torch.tensor([1 << i for i in range(63)], dtype=torch.int64, device=a.device)
         _powers[a.device] = powers
     return torch.bucketize(a.to(torch.int64), powers, right=True)
-
-
-def ilog2(a: Tensor) -> Tensor:
-    """``floor(log2(a))`` of ``a >= 1``; -1 for 0; int64."""
-    return bit_length(a) - 1
 
 
 def isqrt(n: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from hfq.kernels.dispatch import ANY_BITS, FLOATS, Case, Row
 from hfq.kernels.geometry import Geometry
 from hfq.kernels.packed import Layout, PackedWeight, Runtime, register
 
-__all__ = ["available", "sums"]
+__all__ = ["available"]
 
 # Weights from this size on are convolved as a product of rows: oneDNN's blocks of them leave the caches.
 LARGE = 1 << 20
@@ -203,21 +203,6 @@ def _rows(x: ActivationCodes, one: Operand, bias: torch.Tensor | None, dtype: to
             break
         y[start:stop] = part.view(stop - start, positions, -1)
     return y.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
-
-
-def sums(x: ActivationCodes, one: Operand) -> torch.Tensor:
-    """The accumulators ``sum (qx - z_x) (qw - z_w)`` of a prepared operand, float32 whole numbers (below 2**24)."""
-    names = {"conv_onednn": "onednn"}
-    ones = {name: torch.ones_like(one.runtime.tensors[name]) for name in ("scale", "row_scale")}
-    runtime = Runtime(
-        one.runtime.layout, {**one.runtime.tensors, **ones}, one.runtime.spec, one.runtime.in_features,
-        one.runtime.out_features, one.runtime.dtype, extra=one.runtime.extra,
-    )
-    if runtime.layout != "conv_onednn":
-        runtime.extra = _revive_rows(runtime, one.geometry)
-    plain = ActivationCodes(x.codes, torch.ones_like(x.scale), x.zero_point, x.spec)
-    backend = dispatch.BACKENDS["qconv2d_codes", names.get(runtime.layout, "rows")]
-    return backend(plain, Operand(runtime, one.geometry), None, torch.float32)
 
 
 # The table

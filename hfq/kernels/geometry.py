@@ -48,11 +48,6 @@ class Geometry:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel)
 
     @property
-    def pointwise(self) -> bool:
-        """Every output position reads one input position, its own."""
-        return self.taps == 1 and self.stride == (1, 1) and self.pads == (0, 0, 0, 0)
-
-    @property
     def even(self) -> bool:
         """Whether opposite pads are equal and none is negative: what other libraries call padding."""
         top, bottom, left, right = self.pads

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hfq.errors import QuantizationError
-from hfq.formats import ActivationSpec, Codes, QuantSpec
+from hfq.formats import ActivationSpec, QuantSpec
 from hfq.kernels import PackedWeight, Runtime, conv, dispatch
 from hfq.kernels.conv import Operand
 from hfq.kernels.geometry import Geometry
@@ -162,11 +162,6 @@ class QConv2d(OneWeight):
             **super().describe(), "activation": describe_input(self.activation),
             "coarse": None if coarse is None else {"taps": list(coarse.tail), "spec": coarse.spec.to_dict()},
         }
-
-    def set_both(self, fine: Codes, coarse: Codes, device: Any = None) -> None:
-        """Fill both slots."""
-        self.set_codes("weight", fine, device)
-        self.set_codes("coarse", coarse, device)
 
     def extra_repr(self) -> str:
         taps = f"kernel {tuple(self.kernel_size)}, stride {tuple(self.stride)}, padding {self.padding}"

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hfq.graph.absorb import Norm
 from hfq.graph.links import Link, Pair
 from hfq.transforms.affine import Diagonal, MaskedMatrix, RotaryBlocks
 
@@ -255,7 +254,3 @@ def untied(pair: Pair, size: int) -> Pair | str:
     query[queries.flatten()] = (bank[:, None] * size + torch.arange(size)).flatten()
     sources, partners = [Link(pair.sources[0].part, query)], [Link(pair.partners[0].part, key)]
     return replace(pair, sources=sources, partners=partners, classes=keys.numel())
-
-
-def is_norm_link(link: Link) -> bool:
-    return isinstance(link.part, Norm)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from hfq import kernels
 from hfq.errors import KernelError
 from hfq.formats import ActivationCodes, ActivationSpec, QuantSpec, activation, affine, bitpack
-from hfq.kernels import PackedWeight, conv, cpu_conv, dispatch, reference
+from hfq.kernels import PackedWeight, conv, dispatch, reference
 from hfq.kernels.conv import Operand
 from hfq.kernels.geometry import Geometry
 from hfq.kernels.packed import LAYOUTS
@@ -89,13 +89,16 @@ def test_sums_are_exact(geometry, backend):
         pytest.skip("rows serve one group")
     weight = packed(geometry)
     weight.qweight.copy_(torch.randint(0, 2, weight.qweight.shape) * 255)  # -128 and 127
+    weight.scale.fill_(1)
     for inputs in (INPUTS[0], ActivationSpec(8, True, "tensor", dynamic=False)):
         codes = torch.randint(0, 2, (2, geometry.in_channels, 6, 6)) * (inputs.max_code - inputs.min_code)
         codes = (codes + inputs.min_code).to(inputs.code_dtype).contiguous(memory_format=torch.channels_last)
-        x = ActivationCodes(codes, torch.ones(1), None if inputs.symmetric else torch.tensor([7.0]), inputs)
-        with kernels.use(qconv2d=backend):
+        zero = None if inputs.symmetric else torch.tensor([7.0])
+        x = ActivationCodes(codes, torch.ones(1), zero, inputs)
+        with kernels.use(qconv2d=backend):  # all scales one: the result is the sum
             one = Operand(conv.prepare(weight, geometry, dtype=torch.float32, activation=inputs), geometry)
-        assert torch.equal(cpu_conv.sums(x, one).double(), reference.conv2d_sums(x, weight, geometry))
+            y = conv.conv2d(codes.float() - (0 if zero is None else zero), [one], None, inputs, (torch.ones(1), zero))
+        assert torch.equal(y.double(), reference.conv2d_sums(x, weight, geometry))
 
 
 def test_the_border_holds_the_code_of_zero():

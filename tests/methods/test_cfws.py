@@ -17,7 +17,8 @@ from hfq.calibration.observers import Kl, divergence, masked_divergence
 from hfq.errors import ConfigError, QuantizationError
 from hfq.formats import ActivationSpec, activation, affine
 from hfq.integrations.models.repvgg import RepVGGConfig, RepVGGForImageClassification
-from hfq.kernels import cpu_conv, reference
+from hfq.kernels import reference
+from hfq.kernels.conv import Operand, conv2d, prepare
 from hfq.layers.conv import QConv2d
 from hfq.reconstruction import splitting
 from hfq.rounding.split import nearest_symmetric, split
@@ -158,7 +159,8 @@ def test_the_coarse_convolution_needs_its_taps_only(stride):
     parts = split(conv.weight)
     coarse = coarse_of(parts, conv.weight.shape).float()
     layer = QConv2d(conv, parts.fine.spec, coarse=((1, 1), parts.coarse.spec))
-    layer.set_both(parts.fine, parts.coarse)
+    layer.set_codes("weight", parts.fine)
+    layer.set_codes("coarse", parts.coarse)
     place = layer._places["coarse"]
     assert place.kernel == (1, 1) and place.pads == (0, 0, 0, 0) and place.stride == (stride, stride)
     for size in (7, 8):
@@ -192,7 +194,8 @@ def test_a_scaled_identity_is_exact():
     assert (parts.coarse.codes.long() - 128)[torch.arange(8), torch.arange(8)].eq(127).all()
     assert (affine.dequantize(parts.fine).abs() <= 1e-6).all()
     layer = QConv2d(conv, parts.fine.spec, bias=conv.bias, coarse=((1, 1), parts.coarse.spec))
-    layer.set_both(parts.fine, parts.coarse)
+    layer.set_codes("weight", parts.fine)
+    layer.set_codes("coarse", parts.coarse)
     x = torch.randn(2, 8, 5, 5)
     with kernels.use(qconv2d="reference"):
         torch.testing.assert_close(layer(x), conv(x), rtol=1e-6, atol=1e-6)
@@ -275,9 +278,12 @@ def test_integers_are_what_fake_quantization_is():
         params, _ = layer.input_of("weight")
         codes = activation.quantize(x, layer.activation, params)
         for one, key in zip(layer.operands(), layer.slots, strict=True):
-            exact = reference.conv2d_sums(codes, layer.packed(key)[0], one.geometry)
-            codes.codes = codes.codes.contiguous(memory_format=torch.channels_last)
-            assert torch.equal(cpu_conv.sums(codes, one).double(), exact)
+            plain = layer.packed(key)[0]
+            plain.scale = torch.ones_like(plain.scale)  # all scales one: the result is the sum
+            unit = Operand(prepare(plain, one.geometry, dtype=torch.float32, activation=layer.activation),
+                           one.geometry)  # fmt: skip
+            y = conv2d(codes.codes.float(), [unit], None, layer.activation, (torch.ones(1), None))
+            assert torch.equal(y.double(), reference.conv2d_sums(codes, plain, one.geometry))
         fake = F.conv2d(activation.fake(x, layer.activation, params).double(), layer.dequantize(dtype=torch.float64),
                         layer.bias.double(), layer.stride, layer.padding)  # fmt: skip
         with torch.no_grad():

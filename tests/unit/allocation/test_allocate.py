@@ -192,7 +192,6 @@ def test_costs_are_what_codes_take(spec: QuantSpec) -> None:
 def test_joined_costs() -> None:
     costs = {"a": {2: 1.0, 4: 2.0}, "b": {2: 10.0, 4: 20.0, 8: 40.0}}
     assert cost.join(costs, {"block": ["a", "b"]}) == {"block": {2: 11.0, 4: 22.0}}
-    assert cost.nominal_bits(10, (2, 4)) == {2: 20.0, 4: 40.0}
 
 
 def several(seed: int) -> tuple[dict, dict]:
