@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import importlib
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import Field, dataclass, field, fields
@@ -193,10 +192,10 @@ class HfqConfig(QuantizationConfigMixin):
             values["zero_point"] = "int"
         return QuantSpec(**values)
 
-    def plan(self, model: Any) -> Any:
+    def plan(self, model: Any, ask: Sequence[str] = ()) -> Any:
         """``graph.read`` of ``model``: its sites are those that this config asks for, in the order it finds them.
 
-        An override that ends a site's name (``lm_head``) lifts hfq's own rule for it; a wildcard does not.
+        An override that ends a site's name (``lm_head``) lifts hfq's own rule for it, as any pattern in ``ask`` does.
         """
         from hfq import graph
 
@@ -204,7 +203,7 @@ class HfqConfig(QuantizationConfigMixin):
         sites = [site.name for site in graph.read(model).every_site]
         named = [name for name in sites if any(f".{name}".endswith(f".{pattern}") for pattern in self.overrides)]
         floats = [name for name in sites if self.spec_for(name) is None]
-        plan = graph.read(model, skip=skip + _exactly(floats), ask=_exactly(named))
+        plan = graph.read(model, skip=skip + select.exactly(floats), ask=[*select.exactly(named), *ask])
         plain_floats = (name for name in floats if select.first_match(name, skip) is None)
         plan.skipped.update(dict.fromkeys(plain_floats, "16 bits: left as it is"))
         return plan
@@ -219,11 +218,16 @@ class HfqConfig(QuantizationConfigMixin):
 
         return call
 
-    def traced_plan(self, model: Any, batches: Sequence[Mapping[str, Any]]) -> Any:
-        """The plan with sites in execution order, grouped by the tensor they read (one forward pass)."""
+    def traced_plan(self, model: Any, batches: Sequence[Mapping[str, Any]], *, units: bool = False) -> Any:
+        """The plan with sites in execution order, grouped by the tensor they read (one forward pass).
+
+        With ``units``, layers outside the blocks of a convolutional network are blocks of their own.
+        """
         from hfq.graph import trace
 
         plan = self.plan(model)
+        if units:
+            importlib.import_module("hfq.graph.units").promote(plan)
         trace.order_groups(plan, self.one_call(model, batches))
         return plan
 
@@ -344,7 +348,3 @@ def _config_class(slug: str, suffix: str = "") -> type[HfqConfig]:
         return importlib.import_module("hfq.methods").config_class(slug)
     except ConfigError as error:
         raise ConfigError(f"{error}{suffix}") from None
-
-
-def _exactly(names: list[str]) -> list[str]:
-    return [f"re:{re.escape(name)}" for name in names]

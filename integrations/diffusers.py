@@ -16,7 +16,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 
 from hfq.config import HfqConfig
-from hfq.errors import CheckpointError, ConfigError, DataError
+from hfq.errors import CheckpointError, ConfigError, DataError, QuantizationError
 
 __all__ = ["HfqDiffusersQuantizer", "attach"]
 
@@ -153,6 +153,7 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
 
 def attach(model: Any, config: HfqConfig) -> None:
     """Mark a live ``ModelMixin`` as quantized with ``config``, so that it saves as a packed checkpoint."""
+    _check_dtype(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, HfqDiffusersQuantizer):
         quantizer = HfqDiffusersQuantizer(config, pre_quantized=True)
@@ -162,6 +163,18 @@ def attach(model: Any, config: HfqConfig) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.register_to_config(quantization_config=config)
+
+
+def _check_dtype(model: Any) -> None:
+    """A model computes in the dtype of its first floating parameter: that must be no scale of a packed layer."""
+    first = next(((name, p) for name, p in model.named_parameters() if p.is_floating_point()), None)
+    if first is None or not first[0].endswith("scale"):
+        return
+    layer = model.get_submodule(first[0].rpartition(".")[0])
+    if getattr(layer, "compute_dtype", first[1].dtype) != first[1].dtype:
+        raise QuantizationError(f"{first[0]} would be the first floating tensor of {type(model).__name__}, whose dtype "
+                                "diffusers takes for that of the model: leave this layer out with "
+                                "modules_to_not_convert, or give it scale_dtype in overrides")
 
 
 def _drop_config(model: Any) -> None:

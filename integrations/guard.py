@@ -20,6 +20,7 @@ from hfq.layers.integer import IntegerModule
 from hfq.layers.kv_cache import CacheQuant
 from hfq.layers.online import OnlinePart, StreamRotation
 from hfq.layers.packed import PackedModule
+from hfq.layers.products import AttentionProducts
 
 __all__ = [
     "PackedRename", "add_rename", "check_files", "disk_leaf", "drop_rename", "header", "packed_tensors",
@@ -83,7 +84,7 @@ def _candidates(key: str, prefix: str) -> Iterator[str]:
 
 def packed_tensors(model: Any) -> dict[str, Any]:
     """Every tensor of every packed layer, rotation, attached part and online transform, by its name in memory."""
-    parts = (PackedModule, StreamRotation, OnlinePart, AttachedPart, CacheQuant, IntegerModule)
+    parts = (PackedModule, StreamRotation, OnlinePart, AttachedPart, CacheQuant, IntegerModule, AttentionProducts)
     return {
         f"{name}.{leaf}": parameter
         for name, module in model.named_modules() if isinstance(module, parts)

@@ -9,6 +9,7 @@ those of a real pass, and the tensors that change must be outputs of the block b
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,15 +72,15 @@ class _Probe:
     def __init__(self) -> None:
         self.order: list[Any] = []
         self.records: dict[str, _Record] = {}
-        self.templates: dict[int, Any] = {}
-        self.forms: dict[int, list[Any]] = {}
+        self.templates: dict[str, Any] = {}
         self.mutating: set[int] = set()
         self._last: dict[int, list[tuple[TreePath, torch.Tensor]]] = {}
         self._versions: dict[str, list[tuple[torch.Tensor, int]]] = {}
 
     def before(self, block: Any, tree: Any) -> None:
+        follows = bool(self.order) and self.order[-1].stack == block.stack
         self.order.append(block)
-        previous = self._last.pop(block.stack, [])
+        previous = self._last.pop(block.stack, []) if follows else []
         slots = {path: source for path, t in leaves(tree) if (source := _same_as(t, previous)) is not None}
         self.records.setdefault(block.name, _Record(rebuild(tree, lambda path, t: None if path in slots else t), slots))
         self._versions[block.name] = [(t, t._version) for _, t in leaves(tree)]
@@ -88,8 +89,7 @@ class _Probe:
         if any(t._version != version for t, version in self._versions.pop(block.name)):
             self.mutating.add(block.stack)
         self._last[block.stack] = list(leaves(output))
-        self.templates.setdefault(block.stack, output)
-        self.forms.setdefault(block.stack, []).append(structure(output))
+        self.templates.setdefault(block.name, output)
 
 
 def _same_as(tensor: torch.Tensor, outputs: list[tuple[TreePath, torch.Tensor]]) -> TreePath | None:
@@ -110,17 +110,16 @@ def _same_as(tensor: torch.Tensor, outputs: list[tuple[TreePath, torch.Tensor]])
 def probe(
     model: nn.Module, blocks: Sequence[Any], row: Mapping[str, Any], *, chains: bool = True
 ) -> tuple[list[Stack], list[Any]]:
-    """Run ``row`` once; returns the stacks in execution order and the blocks that never ran."""
+    """Run ``row`` once; returns the stacks in execution order and the blocks that never ran.
+
+    A stack whose blocks take turns with those of others is several here: one for every run of blocks.
+    """
     seen = _Probe()
     with recording(blocks, seen.before, seen.after):
         forward(model, row)
-    stacks: dict[int, Stack] = {}
-    for block in seen.order:
-        stack = stacks.setdefault(block.stack, Stack([]))
-        if block.name not in stack.calls:
-            stack.blocks.append(block)
-        stack.calls[block.name] = stack.calls.get(block.name, 0) + 1
-    for number, stack in stacks.items():
+    stacks = _runs(seen.order)
+    for stack in stacks:
+        number = stack.blocks[0].stack
         stack.writes = number in seen.mutating
         stack.reason = "" if chains else "the capture driver was asked for"
         if chains:
@@ -129,20 +128,32 @@ def probe(
             stack.reason = _contradiction(model, stack, row, seen)
             stack.wiring = None if stack.reason else stack.wiring
     reached = {id(block) for block in seen.order}
-    return list(stacks.values()), [block for block in blocks if id(block) not in reached]
+    return stacks, [block for block in blocks if id(block) not in reached]
+
+
+def _runs(order: Sequence[Any]) -> list[Stack]:
+    """The blocks in the order in which they ran, a stack for every run of one; a stack with a block that runs several
+    times stays whole."""
+    again = {block.stack for block, times in Counter(order).items() if times > 1}
+    found: dict[Any, Stack] = {}
+    for place, block in enumerate(order):
+        if place == 0 or order[place - 1].stack != block.stack:
+            run = place
+        stack = found.setdefault(block.stack if block.stack in again else (block.stack, run), Stack([]))
+        if block.name not in stack.calls:
+            stack.blocks.append(block)
+        stack.calls[block.name] = stack.calls.get(block.name, 0) + 1
+    return list(found.values())
 
 
 def _wire(number: int, stack: Stack, seen: _Probe) -> tuple[Wiring | None, str]:
-    positions = [i for i, block in enumerate(seen.order) if block.stack == number]
     if max(stack.calls.values()) > 1:
         return None, "a block runs several times in one forward pass"
-    if positions[-1] - positions[0] + 1 != len(positions):
-        return None, "blocks of several stacks alternate"
     if number in seen.mutating:
         return None, "a block changes its input in place"
-    if any(form != seen.forms[number][0] for form in seen.forms[number]):
+    template = seen.templates[stack.blocks[0].name]
+    if any(structure(seen.templates[block.name]) != structure(template) for block in stack.blocks):
         return None, "the blocks return different structures"
-    template = seen.templates[number]
     if len(stack.blocks) == 1:
         return Wiring([(first_tensor(seen.records[stack.blocks[0].name].tree), first_tensor(template))], template), ""
     found = [seen.records[block.name].slots for block in stack.blocks[1:]]

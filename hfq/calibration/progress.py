@@ -18,9 +18,10 @@ from hfq.calibration.cache import digest
 from hfq.calibration.files import as_json, atomic_file, read_state, same_run, write_state
 from hfq.errors import CheckpointError
 from hfq.layers import swap
+from hfq.layers.processors import has_processor
 from hfq.report import Report, Row
 
-__all__ = ["Progress", "state_digest"]
+__all__ = ["Progress", "put_back", "state_digest", "whole"]
 
 _FINGERPRINT = "fingerprint.json"
 # Names of tensors beside the block's own: no module's tensor has a colon in its name.
@@ -34,6 +35,22 @@ def state_digest(module: nn.Module) -> str:
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
             total.update(name.encode() + digest(tensor))
     return total.hexdigest()
+
+
+def whole(block: Any) -> nn.Module:
+    """What is saved of a block: its module; around a layer or an attention one more, in which it has a name."""
+    named = getattr(block, "alone", False) or has_processor(block.module)
+    return nn.ModuleDict({"layer": block.module}) if named else block.module
+
+
+def put_back(model: nn.Module, block: Any, held: nn.Module) -> None:
+    """Let a block know its new layers after they were installed in ``held`` (of :func:`whole`)."""
+    if held is not block.module and held.get_submodule("layer") is not block.module:
+        block.module = held.get_submodule("layer")
+        block.module.label = block.name
+        model.set_submodule(block.name, block.module)
+    for site in block.sites:
+        site.module = model.get_submodule(site.name)
 
 
 class Progress:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["broadcast", "count", "gather", "is_main", "max_", "rank", "share", "sum_"]
+__all__ = ["Share", "broadcast", "count", "gather", "is_main", "max_", "rank", "share", "sum_"]
 
 
 def _active() -> bool:
@@ -35,6 +36,25 @@ def share(items: int) -> range:
     each, rest = divmod(items, count())
     start = rank() * each + min(rank(), rest)
     return range(start, start + each + (rank() < rest))
+
+
+class Share(Sequence[Any]):
+    """The part of ``items`` that belongs to this process, each read when it is used; the last one is kept."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items, self.numbers = items, share(len(items))
+        self._last: tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = self.numbers[index]
+        if self._last[0] != number:
+            self._last = (number, self.items[number])
+        return self._last[1]
 
 
 def sum_(tensor: torch.Tensor) -> torch.Tensor:

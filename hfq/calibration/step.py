@@ -198,6 +198,8 @@ class Step:
         self.changed = True
         self._swapped.add(site.name)
         site.module = new
+        if getattr(self.block, "alone", False):
+            self.block.module = new
         return new
 
     def settle(self) -> None:

@@ -27,7 +27,7 @@ from hfq.calibration import ranks
 from hfq.calibration.cache import ActivationCache, Slot, Store, Stored, TensorList, leaves, rebuild
 from hfq.calibration.capture import calls_of, first_tensor, quiet, row_of
 from hfq.calibration.chain import Stack, probe, skeleton
-from hfq.calibration.progress import Progress, state_digest
+from hfq.calibration.progress import Progress, put_back, state_digest, whole
 from hfq.calibration.step import Step
 from hfq.errors import DataError, QuantizationError
 from hfq.report import Report
@@ -113,7 +113,7 @@ class _Walk:
         self.plan, self.model, self.floats, self.driver = plan, plan.model, floats, driver
         self.placement, self.report, self.min_tokens = placement, report, min_tokens
         self.all_batches = batches
-        self.batches = [batches[i] for i in ranks.share(len(batches))]
+        self.batches = ranks.Share(batches)
         self.saved: Progress | None = None
         self.store = Store()
 
@@ -320,9 +320,8 @@ class _Walk:
 
     def _restore(self, step: Step, saved: Progress) -> dict[str, torch.Tensor]:
         """Install a finished block; returns what was saved beside it."""
-        state = saved.install(step.block.name, step.block.module, self.report)
-        for site in step.block.sites:
-            site.module = self.model.get_submodule(site.name)
+        state = saved.install(step.block.name, held := whole(step.block), self.report)
+        put_back(self.model, step.block, held)
         step.changed = True
         return state
 
@@ -332,13 +331,13 @@ class _Walk:
         for key, parameter in module.named_parameters():
             if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
                 raise QuantizationError(f"{name}.{key} has NaN or infinite elements: the float model is damaged")
-        step._before = state_digest(module) if self.saved is not None else None
+        step._before = state_digest(whole(step.block)) if self.saved is not None else None
 
     def _finish(self, step: Step, state: Mapping[str, torch.Tensor] | None = None) -> None:
         step.reduce_tokens()
         step.release()
         if self.saved is not None and step._before is not None:
-            self.saved.write(step.block.name, step.block.module, step._before, self.report,
+            self.saved.write(step.block.name, whole(step.block), step._before, self.report,
                              {**step.kept, **(state or {})})
 
 

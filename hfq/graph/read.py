@@ -85,6 +85,11 @@ class Block:
     kept: list[Site] = field(default_factory=list)
     groups: list[list[Site]] = field(default_factory=list)
 
+    @property
+    def alone(self) -> bool:
+        """Whether the block is a single layer."""
+        return any(site.name == self.name for site in (*self.sites, *self.kept))
+
     def __repr__(self) -> str:
         return f"Block({self.name}, {len(self.sites)} sites)"
 
@@ -156,8 +161,8 @@ def read(
         only: when given, every site that no pattern names stays float.
         ask: patterns of modules that are quantized although the default rule would leave them float
             (an output head, an embedding). ``only`` asks as well.
-        kinds: kinds of site that are quantized unless asked by name. Of a convolutional network (more convolutions
-            than linears) two-dimensional convolutions are besides.
+        kinds: kinds of site that are quantized unless asked by name. Of a convolutional network two-dimensional
+            convolutions are besides.
     """
     sites = {name: site for name, module in model.named_modules() if (site := site_of(name, module)) is not None}
     containers = list(_stacks("", model, sites))
@@ -166,7 +171,7 @@ def read(
     owner = {site: block for block in blocks for site in sites if site.startswith(block.name + ".")}
     reasons = heads.default_reasons(model, sites, owner)
     plan = Plan(model, blocks, [], {})
-    convolutions = _convolutions(sites)
+    convolutions = _convolutions(sites, blocks)
     for name, site in sites.items():
         reason = _reason(site, reasons.get(name), skip, only, ask, (*kinds, "conv") if name in convolutions else kinds)
         if reason:
@@ -181,10 +186,17 @@ def read(
     return plan
 
 
-def _convolutions(sites: dict[str, Site]) -> set[str]:
-    """Names of the two-dimensional convolutions of a convolutional network; a patch embedding makes none."""
+def _convolutions(sites: dict[str, Site], blocks: list[Block]) -> set[str]:
+    """Names of the two-dimensional convolutions of a convolutional network; a patch embedding makes none.
+
+    It has more of them than linears, as a whole or in one of its blocks (beside the transformers of a UNet).
+    """
     found = {name for name, site in sites.items() if isinstance(site.module, nn.Conv2d)}
-    return found if len(found) > sum(site.kind in ("linear", "transposed") for site in sites.values()) else set()
+    linears = {name for name, site in sites.items() if site.kind in ("linear", "transposed")}
+    places = ["", *(f"{block.name}." for block in blocks)]
+    most = any(sum(name.startswith(place) for name in found) > sum(name.startswith(place) for name in linears)
+               for place in places)
+    return found if most else set()
 
 
 def _reason(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-__all__ = ["first_match", "matches", "unused"]
+__all__ = ["exactly", "first_match", "matches", "unused"]
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -32,3 +32,8 @@ def unused(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
     """The patterns that name nothing, so that a typing error can be reported."""
     known = list(names)
     return [pattern for pattern in patterns if not any(matches(name, pattern) for name in known)]
+
+
+def exactly(names: Iterable[str]) -> list[str]:
+    """Patterns that match these names and no others."""
+    return [f"re:{re.escape(name)}" for name in names]

@@ -19,7 +19,7 @@ from hfq.errors import CheckpointError, ConfigError, QuantizationError
 from hfq.formats import ActivationSpec, activation
 from hfq.formats.kv import KVFormat, SideSpec
 from hfq.kernels import hadamard
-from hfq.layers import rotary, routing
+from hfq.layers import processors, rotary, routing
 from hfq.layers.kv_cache import CacheQuant, empty_cache
 from hfq.layers.kv_store import KVStore
 from hfq.layers.routing import find, observing
@@ -229,13 +229,17 @@ def install(model: nn.Module, name: str, part: AttentionQuant) -> AttentionQuant
     if CHILD in module._modules:
         raise QuantizationError(f"{name} has quantized attention already")
     config = routing.config_of(model, name)
-    if config is None:
+    processed = processors.has_processor(module)
+    if config is None and not processed:
         raise QuantizationError(f"{name}: no config says which attention function {type(module).__name__} uses")
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
     part.label = name
     module.register_forward_pre_hook(_before, with_kwargs=True)
     module.add_module(CHILD, part if device is None else part.to(device))
-    routing.set_route(config, routing.route(config._attn_implementation))
+    if processed:
+        processors.catch(module, attend)
+    else:
+        routing.set_route(config, routing.route(config._attn_implementation))
     return part
 
 
@@ -257,6 +261,7 @@ def uninstall(model: nn.Module) -> list[str]:
         del module._modules[CHILD]
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _before]:
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        processors.release(module)
         if config is not None:
             routing.set_route(config, routing.back(config._attn_implementation))
     return names

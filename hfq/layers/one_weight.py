@@ -41,6 +41,8 @@ class OneWeight(PackedModule):
             bias = torch.empty(self.slots["weight"].rows, dtype=self.compute_dtype, device=device)
         given = nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, torch.Tensor) else None
         self.register_parameter("bias", given)
+        # In front of the scales: libraries take the dtype of a model's first floating parameter for that of the model.
+        self._parameters.update({name: self._parameters.pop(name) for name in list(self._parameters) if name != "bias"})
 
     def describe(self) -> dict[str, Any]:
         slot = self.slots["weight"]

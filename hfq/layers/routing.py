@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hfq.errors import QuantizationError
+from hfq.layers import processors
 
 __all__ = [
     "DEFAULT_ROUTE", "ROUTES", "adopt", "back", "check_registered", "config_of", "eager_function", "find", "keep_route",
@@ -51,13 +52,16 @@ def observing(model: nn.Module, observer: Callable[..., Any]) -> Iterator[None]:
     Raises:
         QuantizationError: nothing registered an attention function that could be observed.
     """
+    from hfq.layers.attention import attend
+
     check_registered()
     before = [(config, config._attn_implementation) for config in _configs(model)]
     _OBSERVERS.append(observer)
     try:
         for config, name in before:
             set_route(config, route(name))
-        yield
+        with processors.catching(model, attend):
+            yield
     finally:
         _OBSERVERS.remove(observer)
         for config, name in before:

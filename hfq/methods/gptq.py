@@ -63,7 +63,7 @@ def quantize(model: Any, data: Any, config: GPTQConfig, report: Report) -> None:
     from hfq.reconstruction.columns import Solver, solve_block
     from hfq.reconstruction.direct import pack_outside
 
-    plan = config.traced_plan(model, data)
+    plan = config.traced_plan(model, data, units=True)
     solver = Solver(
         percdamp=config.percdamp, act_order=config.act_order, static_groups=config.static_groups, clip=config.clip,
         norm=config.clip_norm, grid=config.clip_grid, weigh_clip=config.weigh_clip, sequential=config.sequential,

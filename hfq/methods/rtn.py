@@ -64,7 +64,7 @@ def _with_inputs(model: Any, data: Any, config: RTNConfig, report: Report) -> No
     from hfq.calibration.walk import walk
     from hfq.reconstruction import static
 
-    plan = config.traced_plan(model, data)
+    plan = config.traced_plan(model, data, units=True)
     rounding = static.round_nearest(config.spec_for, lambda name: config.value_for(name, "clip"))
     attention = None
     if config.attention and config.activation_bits != 16:
