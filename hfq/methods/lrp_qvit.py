@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfq.config import HfqConfig, option
+from hfq.config import option
 from hfq.errors import ConfigError
 from hfq.report import Report
+from hfq.widths import WidthsConfig
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,7 @@ __all__ = ["LRPQViTConfig", "quantize"]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class LRPQViTConfig(HfqConfig):
+class LRPQViTConfig(WidthsConfig):
     """Mixed precision by relevance, and clipped grids of channels.
 
     ``bits`` is the mean width of the weights. A layer's inputs have the width of its weights, as far from
@@ -39,8 +40,7 @@ class LRPQViTConfig(HfqConfig):
         softmax: grid of the probabilities: "sqrt2", "log2" or "uniform".
         log_zero: how powers have zero: "reserve" a code, or "none".
         attention: quantize both products of attentions (those that are not causal).
-        bit_map: layer → ``{"bits": ..., "activation_bits": ...}``. Filled in by the run; when given, used as it is.
-        scores, average_bits: filled in by the run.
+        scores: filled in by the run.
     """
 
     method = "lrp_qvit"
@@ -60,26 +60,17 @@ class LRPQViTConfig(HfqConfig):
     softmax: str = option("sqrt2", choices=("sqrt2", "log2", "uniform"))
     log_zero: str = option("reserve", choices=("reserve", "none"))
     attention: bool = True
-    bit_map: Mapping[str, Any] | None = None
     scores: Mapping[str, float] | None = None
-    average_bits: Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        self._chosen = False  # whether a run, not the user, filled in bit_map
-        super().__post_init__()
 
     def check(self) -> None:
+        super().check()
         if self.widths is not None and not (self.widths and all(1 <= bits <= 8 for bits in self.widths)):
             raise ConfigError(f"widths={list(self.widths)}: widths from 1 to 8 are needed")
+        if self.mixed and not self.fixed and self.bits < min(self.widths or [1]):
+            raise ConfigError(f"bits={self.bits}: widths={list(self.widths)} have no mean below {min(self.widths)}; "
+                              "raise bits to it, or allow smaller widths")
         if not self.clip_shares or not all(0.5 < share <= 1 for share in self.clip_shares):
             raise ConfigError(f"clip_shares={list(self.clip_shares)}: numbers above 0.5 and at most 1 are needed")
-
-    def override_for(self, name: str) -> dict[str, Any]:
-        """The chosen widths, under the user's own."""
-        return {**(self.bit_map or {}).get(name, {}), **super().override_for(name)}
-
-    def inputs_for(self, name: str) -> int:
-        return self.value_for(name, "activation_bits")
 
 
 def quantize(model: Any, data: Any, config: LRPQViTConfig, report: Report) -> None:
@@ -87,15 +78,20 @@ def quantize(model: Any, data: Any, config: LRPQViTConfig, report: Report) -> No
     from hfq.allocation import cost, relevance
     from hfq.calibration import static, walk
     from hfq.graph import pairs
+    from hfq.layers import routing
     from hfq.reconstruction import folded
     from hfq.reconstruction import static as pack
 
     plan = config.traced_plan(model, data)
     if not plan.sites:
         return
-    if config.mixed and (config.bit_map is None or config._chosen):
-        config.bit_map = None
-        config.bit_map, config._chosen = _allocate(plan, model, data, config, report), True
+    if config.fixed:
+        attentions = routing.find(model, config.one_call(model, data))
+        products = [f"{name}.{product}" for name in attentions for product in ("scores", "values")]
+        config.check_layers([*(site.name for site in plan.sites), *plan.skipped, *products])
+    elif config.mixed and config.bits != 16:
+        config.choose(None)
+        config.choose(_allocate(plan, model, data, config, report))
     config.average_bits = cost.averages(plan.sites, config.spec_for)
     report.totals |= {name: getattr(config, name) for name in ("bit_map", "scores", "average_bits")}
     data = relevance.first(data, config.range_images)

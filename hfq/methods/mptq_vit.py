@@ -3,13 +3,14 @@ the data, and widths lowered one step at a time where it costs least for what it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfq.config import HfqConfig, option
+from hfq.config import option
 from hfq.errors import ConfigError
 from hfq.report import Report
+from hfq.widths import WidthsConfig
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,7 @@ __all__ = ["MPTQViTConfig", "quantize"]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class MPTQViTConfig(HfqConfig):
+class MPTQViTConfig(WidthsConfig):
     """Shifted smoothing, two grids after a GELU, and greedy mixed precision.
 
     Args:
@@ -36,8 +37,7 @@ class MPTQViTConfig(HfqConfig):
             products of attentions have in any case.
         greedy_images: that the loss of a move is measured on, at most.
         attention: quantize both products of attentions (those that are not causal).
-        bit_map: layer → ``{"bits": ..., "activation_bits": ...}``. Filled in by the run; when given, used as it is.
-        moves, average_bits: filled in by the run.
+        moves: filled in by the run.
     """
 
     method = "mptq_vit"
@@ -64,28 +64,16 @@ class MPTQViTConfig(HfqConfig):
     min_bits: int = option(3, range=(2, 8))
     greedy_images: int = option(128, range=(1, 1 << 20))
     attention: bool = True
-    bit_map: Mapping[str, Any] | None = None
     moves: Sequence[Any] | None = None
-    average_bits: Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        self._chosen = False  # whether a run, not the user, filled in bit_map
-        super().__post_init__()
 
     def check(self) -> None:
+        super().check()
         if self.min_bits > self.max_bits:
             raise ConfigError(f"min_bits={self.min_bits} is above max_bits={self.max_bits}")
         if self.target_bits is not None and self.target_bits < self.min_bits:
             raise ConfigError(f"target_bits={self.target_bits}: at least min_bits={self.min_bits} is needed")
         if self.alphas is not None and not (self.alphas and all(0 <= a <= 1 for a in self.alphas)):
             raise ConfigError(f"alphas={list(self.alphas)}: numbers from 0 to 1 are needed")
-
-    def override_for(self, name: str) -> dict[str, Any]:
-        """The chosen widths, under the user's own."""
-        return {**(self.bit_map or {}).get(name, {}), **super().override_for(name)}
-
-    def inputs_for(self, name: str) -> int:
-        return self.value_for(name, "activation_bits")
 
 
 def quantize(model: Any, data: Any, config: MPTQViTConfig, report: Report) -> None:
@@ -104,9 +92,11 @@ def quantize(model: Any, data: Any, config: MPTQViTConfig, report: Report) -> No
     folded = smoothed.fold_norms(plan, images, config.one_call(model, data), config, report, search)  # part A
     sites = [site for site in plan.sites if site.kind in ("linear", "transposed")]
     caches = gradients.collect(model, images, sites, rows=config.search_rows, seed=config.seed)
-    if config.target_bits is not None and (config.bit_map is None or config._chosen):
-        config.bit_map = None
-        config.bit_map, config._chosen = _lower(plan, data, caches, folded, config, search), True  # part D
+    if config.fixed:
+        config.check_layers([*(site.name for site in plan.sites), *plan.skipped])
+    elif config.target_bits is not None:
+        config.choose(None)
+        config.choose(_lower(plan, data, caches, folded, config, search))  # part D
     config.average_bits = cost.averages(plan.sites, config.spec_for)
     report.totals |= {name: getattr(config, name) for name in ("bit_map", "moves", "average_bits")}
     products = None

@@ -236,7 +236,21 @@ def test_products_share_the_budget_and_maps_can_be_given(tmp_path: Any) -> None:
     again = make("swin")
     hfq.quantize(again, hfq.LRPQViTConfig(bit_map=config.bit_map, overrides=config.overrides, **OPTIONS), IMAGES)
     assert torch.equal(logits(again), logits(model))
-    with pytest.raises(ConfigError, match="widths"):
+
+
+def test_budgets_and_maps_that_cannot_be_met() -> None:
+    with pytest.raises(ConfigError, match="widths from 1 to 8"):
         hfq.LRPQViTConfig(widths=[9])
-    with pytest.raises(ConfigError, match="least possible cost"):
-        hfq.quantize(make(), hfq.LRPQViTConfig(bits=4, widths=[5, 6], **OPTIONS), IMAGES)
+    with pytest.raises(ConfigError, match="no mean below 5; raise bits to it"):
+        hfq.LRPQViTConfig(bits=4, widths=[5, 6])
+    name = "vit.layers.0.mlp.fc1"
+    for entry, wrong in (({"bits": 9}, "'bits'"), ({"bitz": 4}, "bitz"), ({}, "is needed"), (4, "is needed")):
+        with pytest.raises(ConfigError, match=wrong):
+            hfq.LRPQViTConfig(bit_map={name: entry})
+    for unknown in ("vit.layers.7.mlp.fc1", "vit.layers.0.mlp.scores"):
+        with pytest.raises(ConfigError, match=f"{unknown}.*nothing of that name"):
+            hfq.quantize(make(), hfq.LRPQViTConfig(bit_map={unknown: {"bits": 4}}, **OPTIONS), IMAGES)
+    with pytest.raises(ConfigError, match="smallest feasible ones in this proportion"):
+        scores, costs, budgets = tables([0.5, 0.5])
+        costs["macs"]["l0"][3] = costs["macs"]["l1"][3] = 100.0  # the fewest bits are slow
+        program.allocate(scores, costs, {"size": 60.0, "macs": 64.0})

@@ -237,3 +237,7 @@ def test_a_map_is_saved_and_can_be_given(tmp_path: Any) -> None:
     assert isinstance(loaded.swin.encoder.layers[0].downsample.reduction, PackedModule)
     with pytest.raises(ConfigError, match="target_bits"):
         hfq.MPTQViTConfig(target_bits=2.0)
+    with pytest.raises(ConfigError, match="above max_bits"):
+        hfq.MPTQViTConfig(min_bits=6, max_bits=5)
+    with pytest.raises(ConfigError, match="nothing of that name.*did you mean"):
+        hfq.quantize(make(), hfq.MPTQViTConfig(bit_map={"vit.layers.0.mlp.fc3": {"bits": 4}}, **OPTIONS), IMAGES)

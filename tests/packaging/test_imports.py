@@ -12,7 +12,7 @@ RANK = {
     "errors": 0, "report": 0, "fields": 0, "memory": 0, "formats": 1, "kernels": 2, "graph": 2, "layers": 3,
     "calibration": 4, "transforms": 4, "rounding": 4,
     "reconstruction": 5, "training": 5, "allocation": 5, "evaluation": 5,
-    "config": 6, "compose": 7, "methods": 8, "api": 9, "integrations": 10,
+    "config": 6, "compose": 7, "widths": 7, "methods": 8, "api": 9, "integrations": 10,
 }
 HUGGING_FACE = {"transformers", "diffusers", "peft", "accelerate", "optimum", "huggingface_hub", "datasets"}
 HOMES = {"hfq": ("hfq",), "integrations": ("hfq", "integrations")}  # folder -> import name
