@@ -1,7 +1,8 @@
 """Rows of a table measured one by one, each in a process of its own, and kept in a JSON file as they are finished.
 
-:mod:`hfq.integrations.bench_methods` and :mod:`hfq.integrations.bench_vision` say what a row is; a run that finds rows
-in its file measures only what is missing.
+:mod:`hfq.integrations.bench_methods`, :mod:`hfq.integrations.bench_vision` and
+:mod:`hfq.integrations.bench_diffusion` say what a row is; a run that finds rows in its file measures only what is
+missing.
 """
 
 from __future__ import annotations
@@ -18,8 +19,24 @@ from typing import Any
 
 from hfq.errors import ConfigError, HfqError, QuantizationError
 from hfq.integrations.bench_tables import Case
+from hfq.integrations.results import markdown
 
-__all__ = ["child", "quantized_row", "read", "run"]
+__all__ = ["child", "chosen", "pivot", "quantized_row", "read", "run", "table"]
+
+
+def chosen(tables: Mapping[str, Callable[[str], list[Case]]], model: str, names: Sequence[str]) -> list[Case]:
+    """The rows of the tables ``names`` for ``model``, each once.
+
+    Raises:
+        ConfigError: an unknown table, or no row because no method of it is there yet.
+    """
+    unknown = [name for name in names if name not in tables]
+    if unknown:
+        raise ConfigError(f"--table {unknown[0]!r}: {', '.join(tables)} are the tables of such models")
+    found = {case.name: case for name in names for case in tables[name](model)}
+    if not found:
+        raise ConfigError(f"--table {','.join(names)}: this version of hfq has no method for its rows")
+    return list(found.values())
 
 
 def run(
@@ -76,6 +93,30 @@ def quantized_row(report: Any, config: Any, cpu_seconds: float) -> dict[str, Any
         "kernel": ", ".join(sorted({line.kernel for line in report.packed if line.kernel})) or None,
         "details": {"config": config.to_dict() | {"manifest": None, "summary": None}, "totals": report.totals},
     }
+
+
+def table(rows: Sequence[Mapping[str, Any]], protocol: str) -> str:
+    """The rows in Markdown, with the protocol and the machine under them."""
+    machines = sorted({row["machine"] for row in rows if row.get("machine")})
+    return "\n".join([markdown(rows), "", f"{protocol}. Measured on {'; '.join(machines)}."])
+
+
+def pivot(rows: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], str]) -> str:
+    """One line a method, one column a model and width: rows are called "model: method, width"."""
+    cells: dict[tuple[str, str], str] = {}
+    columns: list[str] = []
+    labels: list[str] = []
+    for row in rows:
+        model, _, rest = row["name"].partition(": ")
+        label, _, width = rest.rpartition(", ")
+        column = f"{model} {width}"
+        cells[label, column] = cell(row)
+        columns += [column] if column not in columns else []
+        labels += [label] if label not in labels else []
+    lines = ["| method | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    lines += [f"| {label} | " + " | ".join(cells.get((label, column), "–") for column in columns) + " |"
+              for label in labels]
+    return "\n".join(lines)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

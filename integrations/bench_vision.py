@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfq.errors import ConfigError
 from hfq.integrations import bench_rows, measure_vision
 from hfq.integrations.bench_tables import Case
 from hfq.integrations.inputs_vision import RECIPES, open_images
-from hfq.integrations.results import machine, markdown
+from hfq.integrations.results import machine
 
-__all__ = ["CARDS", "MIXED", "MODELS", "PROTOCOL", "TABLES", "TITLES", "cases", "measure", "pivot", "run", "table"]
+__all__ = ["CARDS", "MIXED", "MODELS", "PROTOCOL", "TABLES", "TITLES", "cases", "measure", "pivot", "run"]
 
 PROTOCOL = (
     "Top-1 of held-out images and share of them that get the float model's class, float32; calibration: 128 training "
@@ -156,18 +155,8 @@ CARDS = {
 
 
 def cases(model: str, names: Sequence[str]) -> list[Case]:
-    """The rows of tables for ``model``, each once.
-
-    Raises:
-        ConfigError: an unknown table, or no row because no method of it is there yet.
-    """
-    unknown = [name for name in names if name not in TABLES]
-    if unknown:
-        raise ConfigError(f"--table {unknown[0]!r}: {', '.join(TABLES)} are the tables of image models")
-    found = {case.name: case for name in names for case in TABLES[name](model)}
-    if not found:
-        raise ConfigError(f"--table {','.join(names)}: this version of hfq has no method for its rows")
-    return list(found.values())
+    """The rows of tables for ``model``; see :func:`hfq.integrations.bench_rows.chosen`."""
+    return bench_rows.chosen(TABLES, model, names)
 
 
 def measure(case: Case, shared: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,29 +209,14 @@ def run(rows: Iterable[Case], data: str, count: int | None, output: Path, *,
     return bench_rows.run(rows, inputs, output, module=__name__, protocol=PROTOCOL, progress=progress)
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows in Markdown, with the protocol and the machine under them."""
-    machines = sorted({row["machine"] for row in rows if row.get("machine")})
-    return "\n".join([markdown(rows), "", f"{PROTOCOL}. Measured on {'; '.join(machines)}."])
-
-
 def pivot(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a method, one column a model and width: ``top-1 / same class as the float model``, in percent."""
-    cells: dict[tuple[str, str], str] = {}
-    columns: list[str] = []
-    labels: list[str] = []
-    for row in rows:
-        model, _, rest = row["name"].partition(": ")
-        label, _, width = rest.rpartition(", ")
-        column = f"{model} {width}"
+
+    def cell(row: Mapping[str, Any]) -> str:
         same = f" / {100 * row['agreement']:.2f}" if row.get("agreement") is not None else ""
-        cells[label, column] = f"{100 * row['accuracy']:.2f}{same}"
-        columns += [column] if column not in columns else []
-        labels += [label] if label not in labels else []
-    lines = ["| method | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-    lines += [f"| {label} | " + " | ".join(cells.get((label, column), "–") for column in columns) + " |"
-              for label in labels]
-    return "\n".join(lines)
+        return f"{100 * row['accuracy']:.2f}{same}"
+
+    return bench_rows.pivot(rows, cell)
 
 
 if __name__ == "__main__":

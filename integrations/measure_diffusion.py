@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 from collections.abc import Sequence
@@ -14,9 +15,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hfq.errors import DataError
+from hfq.evaluation.generation import Drawn, generation, psnr
 from hfq.integrations import inputs_diffusion as inputs
 
-__all__ = ["conditions", "denoiser", "draw", "judge", "judged", "load", "sampling", "targets"]
+__all__ = [
+    "conditions", "denoiser", "draw", "is_pipeline", "judge", "load", "numbers", "resolve", "sampling", "seen", "targets",
+]  # fmt: skip
+
+REAL = 2000  # held-out pictures that drawn ones are compared with
+
+
+def is_pipeline(name: str | os.PathLike[str]) -> bool:
+    """Whether a demo name, folder or Hub id is that of a pipeline of diffusers."""
+    if importlib.util.find_spec("diffusers") is None or str(name) in ("judge", "vae"):
+        return False
+    if str(name) in inputs.RECIPES or os.path.exists(name):
+        return not os.path.exists(name) or os.path.isfile(os.path.join(name, "model_index.json"))
+    from diffusers import DiffusionPipeline
+
+    try:
+        return "_class_name" in DiffusionPipeline.load_config(str(name))
+    except (OSError, ValueError):
+        return False  # loading the model says what is wrong
 
 
 def load(name: str | os.PathLike[str], **options: Any) -> Any:
@@ -55,12 +75,31 @@ def denoiser(pipe: Any) -> str:
     return found
 
 
-def conditions(pipe: Any, split: str, count: int) -> list[Any]:
-    """What ``pipe`` is asked for: prompts, class labels, or ``None`` for each picture of an unconditional pipeline."""
+def conditions(pipe: Any, split: str, count: int, source: str = "demo") -> list[Any]:
+    """What ``pipe`` is asked for: prompts, class labels, or ``None`` for each picture of an unconditional pipeline.
+
+    Args:
+        split: "train" or "test".
+        source: "demo", or a text file with one prompt a line; every second is for tests.
+
+    Raises:
+        DataError: there is no such file, or it holds fewer than two prompts.
+    """
     accepted = inspect.signature(type(pipe).__call__).parameters
     if "prompt" in accepted:
-        return list(inputs.demo_prompts(split, count))
+        found = inputs.demo_prompts(split) if source == "demo" else _prompts_of(Path(source))[split == "test" :: 2]
+        return [found[i % len(found)] for i in range(count)]
     return [i % 10 for i in range(count)] if "class_labels" in accepted else [None] * count
+
+
+def _prompts_of(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as a file of prompts: {error}") from error
+    if len(lines) < 2:
+        raise DataError(f"{path} holds {len(lines)} prompts: two are the least, every second is for tests")
+    return lines
 
 
 def targets(asked: Sequence[Any]) -> Tensor | None:
@@ -96,6 +135,26 @@ def draw(pipe: Any, asked: Sequence[Any], *, seed: int = 0, batch_size: int = 50
     return pictures.mean(1, keepdim=True)
 
 
+def numbers(pictures: Tensor, asked: Sequence[Any], reference: Tensor | None = None, *, by_judge: bool = True
+            ) -> dict[str, float]:
+    """Quality of drawn pictures, with keys of :data:`hfq.integrations.results.COLUMNS`.
+
+    Args:
+        asked: see :func:`conditions`.
+        reference: the float model's pictures of the same seeds.
+        by_judge: the pictures are digits: everything is measured; otherwise the PSNR alone.
+    """
+    if not by_judge:
+        return {} if reference is None else {"psnr": float(psnr(pictures, reference).mean())}
+    wanted = targets(asked)
+    real, _ = inputs.demo_pictures("test", REAL, size=pictures.shape[-1], styled=wanted is not None)
+    found = generation(seen(pictures), seen(real).features, inputs.NONE if wanted is None else wanted,
+                       None if reference is None else seen(reference))
+    row = {"fid": found.fid, "kid": found.kid, "digits": found.accuracy, "psnr": found.psnr,
+           "feature_distance": found.feature_distance}
+    return {key: value for key, value in row.items() if value is not None}
+
+
 @lru_cache(maxsize=2)
 def judge(folder: str | Path | None = None) -> Any:
     """The classifier of digits, in evaluation mode."""
@@ -105,10 +164,11 @@ def judge(folder: str | Path | None = None) -> Any:
 
 
 @torch.no_grad()
-def judged(pictures: Tensor, model: Any = None) -> tuple[Tensor, list[Tensor]]:
-    """Logits ``[N, 11]`` of ``pictures [N, 1, S, S]`` in [0, 1], and the judge's maps from coarse to its last features.
+def seen(pictures: Tensor, model: Any = None) -> Drawn:
+    """What the judge (or another such classifier) sees in ``pictures [N, 1, S, S]`` in [0, 1].
 
-    The last of the maps is ``[N, D]``: the features in which sets of pictures are compared.
+    Raises:
+        DataError: pictures of another form.
     """
     model = judge() if model is None else model
     if pictures.ndim != 4 or pictures.shape[1] != 1:
@@ -118,5 +178,6 @@ def judged(pictures: Tensor, model: Any = None) -> tuple[Tensor, list[Tensor]]:
         sized = F.interpolate(part, (inputs.SIZE, inputs.SIZE), mode="bilinear", align_corners=False)
         answer = model(2 * sized.clamp(0, 1) - 1, output_hidden_states=True)
         logits.append(answer.logits)
-        maps.append([*answer.hidden_states[1:], answer.hidden_states[-1].mean((2, 3))])
-    return torch.cat(logits), [torch.cat(level) for level in zip(*maps, strict=True)]
+        maps.append(answer.hidden_states)
+    levels = [torch.cat(level) for level in zip(*maps, strict=True)]
+    return Drawn(pictures, torch.cat(logits), levels, levels[-1].mean((2, 3)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hfq.errors import ConfigError
 from hfq.report import Report
 
-__all__ = ["FOLDER", "accuracy_against_bits", "bits_per_layer", "collect", "histograms", "write"]
+__all__ = ["FOLDER", "accuracy_against_bits", "bits_per_layer", "collect", "histograms", "strips", "write"]
 
 FOLDER = "plots"
 
@@ -100,6 +100,33 @@ def histograms(layers: Mapping[str, tuple[Tensor, Tensor]], path: Path) -> Path:
             axes.set_title(f"{name}: {what}", fontsize=7)
             axes.tick_params(labelsize=6)
     figure.savefig(path, dpi=150)
+    return path
+
+
+def strips(rows: Mapping[str, Any], path: Path, scale: int = 2) -> Path:
+    """Rows of pictures under each other, each with its name: what several models draw from the same seeds.
+
+    Args:
+        rows: name to an image (PIL or array ``[H, W]``), pictures side by side.
+        scale: points of the file to a pixel.
+    """
+    if not rows:
+        raise ConfigError("there are no pictures: nothing to show")
+    _need()
+    import numpy
+    from matplotlib.figure import Figure
+
+    images = {name: numpy.asarray(image) for name, image in rows.items()}
+    height, width = next(iter(images.values())).shape[:2]
+    size = (scale * width / 100 + 2.2, len(images) * scale * height / 100)
+    figure = Figure(figsize=size, facecolor="white")
+    for i, (name, image) in enumerate(images.items()):
+        top = 1 - (i + 1) / len(images)
+        axes = figure.add_axes((2.2 / size[0], top, 1 - 2.2 / size[0], 0.97 / len(images)))
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        figure.text(0.01, top + 0.5 / len(images), name, fontsize=8, va="center")
+    figure.savefig(path, dpi=100)
     return path
 
 

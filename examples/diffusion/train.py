@@ -79,13 +79,13 @@ def quality(name: str, made: Any) -> dict[str, float]:
     if name == "judge":
         pictures, digits = inputs.demo_pictures("test", 2000)
         none = (inputs.spoilt(2 * pictures - 1, digits, torch.Generator().manual_seed(1)) + 1) / 2
-        refused = measure_diffusion.judged(none, made)[0].argmax(-1) == inputs.NONE
-        found = measure_diffusion.judged(pictures, made)[0].argmax(-1)
+        refused = measure_diffusion.seen(none, made).logits.argmax(-1) == inputs.NONE
+        found = measure_diffusion.seen(pictures, made).logits.argmax(-1)
         return {"recognised": share(found == digits), "refused": share(refused)}
     asked = measure_diffusion.conditions(made, "test", DRAWN)
     made.set_progress_bar_config(disable=True)
     pictures = measure_diffusion.draw(made, asked, **inputs.RECIPES[name].sampling)
-    wanted, found = measure_diffusion.targets(asked), measure_diffusion.judged(pictures)[0].argmax(-1)
+    wanted, found = measure_diffusion.targets(asked), measure_diffusion.seen(pictures).logits.argmax(-1)
     return {"recognised": share(found != inputs.NONE if wanted is None else found == wanted)}
 
 

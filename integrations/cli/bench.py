@@ -102,7 +102,7 @@ def methods(
     samples: int = typer.Option(64, "--samples", help="Calibration windows of these methods."),
     seqlen: int = typer.Option(512, "--seqlen", help="Tokens a window."),
     windows: int = typer.Option(24, "--windows", help="Windows to evaluate on."),
-    images: int = typer.Option(0, "--images", min=0, help="Image models: images to evaluate on; 0 takes all."),
+    images: int = typer.Option(0, "--images", min=0, help="Image models: images to measure or draw; 0: all, or 500."),
     rescaled: bool = typer.Option(False, "--rescaled", help="On the exactly rescaled model (same function)."),
     options: list[str] = typer.Option([], "--set", "-s", metavar="KEY=VALUE", help="Options of the methods."),
     output: Path = typer.Option(Path("out/bench-methods.json"), "--output", "-o", help="Rows; found ones are kept."),
@@ -116,9 +116,14 @@ def methods(
     [dim]hfq bench methods demo --methods rtn,gptq --bits 4,3,2 --rescaled[/]
 
     [dim]hfq bench methods vit --table widths --output out/vision.json[/]
-    """
-    from hfq.integrations import bench_methods, environment, measure, measure_vision
 
+    [dim]hfq bench methods text --table widths --output out/diffusion.json[/]
+    """
+    from hfq.integrations import bench_methods, environment, measure, measure_diffusion, measure_vision
+
+    if measure_diffusion.is_pipeline(model):
+        _drawn_methods(model, tables or "widths", data, images, output)
+        return
     if measure_vision.is_image_model(model):
         _image_methods(model, tables or "widths", data, images, output)
         return
@@ -145,6 +150,16 @@ def _image_methods(model: str, tables: str, data: str, images: int, output: Path
     rows = bench_vision.run(cases, data, images or None, output, progress=environment.progress)
     screen.results_table(rows, title=f"{model}; {_where()}")
     screen.say(f"rows in {output}")
+
+
+def _drawn_methods(model: str, tables: str, data: str, images: int, output: Path) -> None:
+    """Prepared tables of a pipeline that draws: ``--table`` widths, narrow, mixed; ``--data`` may be a prompt file."""
+    from hfq.integrations import bench_diffusion, environment
+
+    cases = bench_diffusion.cases(model, [name.strip() for name in tables.split(",")])
+    rows = bench_diffusion.run(cases, data, images or None, output, progress=environment.progress)
+    screen.results_table(rows, title=f"{model}; {_where()}")
+    screen.say(f"rows in {output}, pictures beside it")
 
 
 def _cases(names: str, widths: list[int], group_size: int | None, samples: int, seqlen: int, options: list[str],

@@ -115,8 +115,10 @@ def test_pipelines_are_trained_saved_and_run(trained, name):
     assert not torch.allclose(one, measure_diffusion.draw(pipe, asked, seed=99, num_inference_steps=2), atol=1e-2)
     digits = measure_diffusion.targets(asked)
     assert digits is None if name == "unet" else digits.bincount().tolist() == [1] * 10
-    logits, maps = measure_diffusion.judged(one)
-    assert logits.shape == (10, 11) and [len(level.shape) for level in maps] == [4, 4, 4, 2]
+    seen = measure_diffusion.seen(one)
+    assert seen.logits.shape == (10, 11) and seen.features.shape == (10, 12) and len(seen.maps) == 4
+    found = measure_diffusion.numbers(one, asked, parts)
+    assert found["psnr"] > 60 and found["feature_distance"] < 1e-3 and found["fid"] > 0 and 0 <= found["digits"] <= 1
 
 
 def test_guidance_and_negative_prompts(trained):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hfq.errors import ConfigError, DataError
 from hfq.evaluation.rescale import spread_norms
-from hfq.integrations import bench_vision, inputs_vision
+from hfq.integrations import bench_rows, bench_vision, inputs_vision
 from hfq.integrations.cli.app import app
 from hfq.integrations.models import repvgg
 from hfq.methods import METHODS
@@ -179,7 +179,7 @@ def test_rows_are_measured_in_children(folder, tmp_path, monkeypatch):
     assert rows[0]["agreement"] >= 0.5 and rows[0]["bits_per_weight"] > 8 and "quantize_seconds" in rows[0]
     monkeypatch.setattr(bench_vision.bench_rows, "_measured", None)
     assert bench_vision.run(cases, str(folder / "images"), None, output) == rows
-    assert "W8A8" in bench_vision.pivot(rows) and "round to nearest" in bench_vision.table(rows)
+    assert "W8A8" in bench_vision.pivot(rows) and "round to nearest" in bench_rows.table(rows, bench_vision.PROTOCOL)
 
 
 @pytest.mark.parametrize("table", [name for name in bench_vision.TABLES if name != "mixed"])
