@@ -19,7 +19,8 @@ from hfq.evaluation.generation import Drawn, generation, psnr
 from hfq.integrations import inputs_diffusion as inputs
 
 __all__ = [
-    "conditions", "denoiser", "draw", "is_pipeline", "judge", "load", "numbers", "resolve", "sampling", "seen", "targets",
+    "conditions", "denoiser", "draw", "is_pipeline", "judge", "load", "numbers", "resolve", "sampling", "seen",
+    "targets",
 ]  # fmt: skip
 
 REAL = 2000  # held-out pictures that drawn ones are compared with

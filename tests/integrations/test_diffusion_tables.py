@@ -6,12 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-diffusers = pytest.importorskip("diffusers")
-
 import hfq
 from hfq.errors import ConfigError, DataError
 from hfq.integrations import bench_diffusion, bench_rows, measure_diffusion
+from hfq.integrations.bench_tables import Case
 from hfq.methods import METHODS
+
+diffusers = pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,9 @@ def test_rows_grids_and_their_files(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_diffusion.bench_rows, "_measured", lambda case, shared, module: bench_diffusion.measure(
         case, {"data": "prompts", "count": 3, "pictures": str(tmp_path / "rows-pictures")}))
     monkeypatch.setattr(measure_diffusion, "sampling", lambda name: {"num_inference_steps": 2})
-    cases = [bench_diffusion.Case(f"{model}: float, –", model=model),
-             bench_diffusion.Case(f"{model}: round to nearest, W8A16", "rtn", {"bits": 8, "group_size": -1}, model=model),
-             bench_diffusion.Case(f"{model}: round to nearest, W2A16", "rtn", {"bits": 2, "group_size": -1}, model=model)]
+    cases = [Case(f"{model}: float, –", model=model)]
+    cases += [Case(f"{model}: round to nearest, W{bits}A16", "rtn", {"bits": bits, "group_size": -1}, model=model)
+              for bits in (8, 2)]
     rows = bench_diffusion.run(cases, "prompts", 3, output)
     plain, eight, two = rows
     assert "psnr" not in plain and eight["psnr"] > two["psnr"] and eight["bits_per_weight"] > 8
@@ -67,7 +68,7 @@ def test_rows_grids_and_their_files(folder, tmp_path, monkeypatch):
 
 def test_a_child_measures_one_row(folder, tmp_path):
     model = str(folder / "float")
-    case = bench_diffusion.Case(f"{model}: float, –", model=model)
+    case = Case(f"{model}: float, –", model=model)
     row, = bench_diffusion.run([case], str(folder / "prompts.txt"), 2, tmp_path / "rows.json")
     assert row["name"] == case.name and row["disk_bytes"] > 0 and (tmp_path / "rows.json").exists()
 
