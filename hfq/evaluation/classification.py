@@ -124,8 +124,9 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
 
 
 def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where images go and in which precision: as the first floating-point parameter that has data."""
-    for parameter in module.parameters():
-        if not parameter.is_meta and parameter.is_floating_point() and parameter.dtype.itemsize > 1:
-            return parameter.device, parameter.dtype
+    """Where images go and in which precision: as the weight of the first layer that has data."""
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            if not parameter.is_meta and parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+                return parameter.device, getattr(part, "compute_dtype", parameter.dtype)  # scales say nothing of it
     return torch.device("cpu"), torch.float32

@@ -107,9 +107,8 @@ class QConv2d(OneWeight):
             super().assign_weight(key, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, in_channels, H, W]`` (or without ``B``) to ``[B, out_channels, H', W']``, dtype of ``x``."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        """``[B, in_channels, H, W]`` (or without ``B``) to ``[B, out_channels, H', W']``, of the dtype that a linear gives."""
+        x = self._arriving(x)
         if x.dim() == 3:
             return self.forward(x[None])[0]
         if self.online is not None:

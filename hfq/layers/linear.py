@@ -49,9 +49,9 @@ class PackedMatrix(OneWeight):
         self._take_bias(bias, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``, dtype of ``x`` (of the autocast region inside one)."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        """``[..., in_features]`` to ``[..., out_features]``, dtype of ``x`` (of the autocast region
+        inside one, and no narrower than ``compute_dtype`` outside)."""
+        x = self._arriving(x)
         if self.activation is not None:
             params, factor = self.input_of("weight")
             operand = self.operand("weight")

@@ -44,6 +44,16 @@ class OneWeight(PackedModule):
         # In front of the scales: libraries take the dtype of a model's first floating parameter for that of the model.
         self._parameters.update({name: self._parameters.pop(name) for name in list(self._parameters) if name != "bias"})
 
+    def _arriving(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` in the dtype of the product: that of an autocast region, else at least ``compute_dtype``.
+
+        The first floating parameter of a model may be a scale, and libraries cast inputs to its dtype: float layers
+        further on would not take what came out.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype == torch.float32 else x
+        return x.to(self.compute_dtype) if x.dtype.itemsize < self.compute_dtype.itemsize else x
+
     def describe(self) -> dict[str, Any]:
         slot = self.slots["weight"]
         return {

@@ -9,6 +9,8 @@ import torch
 
 from hfq.errors import DataError
 from hfq.evaluation.classification import classify, image_logits
+from hfq.formats import QuantSpec, affine
+from hfq.layers import swap
 
 PIXELS = torch.arange(4 * 3 * 2 * 2, dtype=torch.float32).reshape(4, 3, 2, 2) / 48
 
@@ -57,3 +59,13 @@ def test_wrong_answers():
         classify(fixed(ANSWERS), PIXELS, reference=torch.zeros(4, 3))
     with pytest.raises(DataError, match="not finite"):
         classify(fixed([[math.inf, 0.0], *ANSWERS[1:]]), PIXELS)
+
+
+def test_a_model_that_starts_with_scales_gets_images_in_its_own_precision():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 4))
+    codes = affine.quantize(model[0].weight.detach().flatten(1), QuantSpec(8))
+    swap.swap(model, "0", codes)
+    assert next(p for p in model.parameters() if p.is_floating_point()).dtype == torch.float16
+    pixels = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(image_logits(model, pixels), model(pixels))

@@ -220,3 +220,12 @@ def test_convolutions_of_a_convolutional_network_are_sites_and_a_patch_embedding
     patches = nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(2), nn.Linear(4, 4), nn.Linear(4, 4))
     assert "0" in read(patches).skipped
     assert isinstance(QConv2d(nn.Conv2d(3, 4, 1), QuantSpec(8)), QConv2d)
+
+
+def test_narrow_inputs_are_widened_to_what_the_float_layer_computed_in():
+    # A library that casts inputs to the dtype of a model's first floating parameter takes that of a scale here.
+    x = torch.randn(2, 8, 9, 8)
+    model, _, _ = packed("valid", x=x)
+    assert model(x.half()).dtype == torch.float32
+    assert torch.equal(model(x.half()), model(x.half().float()))
+    assert model.half()(x.half()).dtype == torch.float16
