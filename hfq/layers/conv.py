@@ -107,7 +107,7 @@ class QConv2d(OneWeight):
             super().assign_weight(key, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, in_channels, H, W]`` (or without ``B``) to ``[B, out_channels, H', W']``, of the dtype that a linear gives."""
+        """``[B, in_channels, H, W]`` (or without ``B``) to ``[B, out_channels, H', W']``, dtype as of a linear."""
         x = self._arriving(x)
         if x.dim() == 3:
             return self.forward(x[None])[0]
