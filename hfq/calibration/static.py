@@ -24,7 +24,7 @@ from hfq.layers import routing
 
 __all__ = [
     "AttentionSample", "RowSample", "Stage", "observe_attention", "observe_inputs", "observe_outside", "probabilities",
-    "stages",
+    "scores", "stages",
 ]  # fmt: skip
 
 # Elements of a sample: 16 MiB of float32.
@@ -216,23 +216,29 @@ def observe_outside(
 class AttentionSample:
     """Elements of what an attention computes with: ``query``, ``key``, ``value`` and ``probabilities``, rows of heads.
 
-    ``query``, ``key`` and ``value`` are ``[N, head_dim]``; ``probabilities`` ``[N, tokens]`` (of the longest call).
+    ``query``, ``key`` and ``value`` are ``[N, head_dim]``; ``probabilities`` ``[N, tokens]`` (of the longest call), and
+    so are ``scores``, what the softmax reads before masks and positions are added.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     probabilities: torch.Tensor
+    scores: torch.Tensor
+
+
+def scores(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Scaled products of queries and keys in float32, ``[batch, heads, queries, keys]``."""
+    scaling = getattr(module, "scaling", None)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return query.float() @ products.repeated(key, query.shape[1]).float().transpose(-1, -2) * scaling
 
 
 def probabilities(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """The softmax of an attention in float32, ``[batch, heads, queries, keys]``."""
-    scaling = getattr(module, "scaling", None)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    raw = query.float() @ products.repeated(key, query.shape[1]).float().transpose(-1, -2) * scaling
-    return products.scores_of(raw, mask)
+    return products.scores_of(scores(module, query, key), mask)
 
 
 def observe_attention(step: Step, name: str, *, limit: int = LIMIT, seed: int = 0) -> AttentionSample:
@@ -242,24 +248,22 @@ def observe_attention(step: Step, name: str, *, limit: int = LIMIT, seed: int = 
         QuantizationError: the attention was never reached through the attention interface.
     """
     target = step.model.get_submodule(name)
-    samples = {key: RowSample(limit, seed) for key in ("query", "key", "value", "probabilities")}
-    longest = [0]
+    samples = {key: RowSample(limit, seed) for key in ("query", "key", "value", "probabilities", "scores")}
 
     def seen(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> None:
         if module is not target:
             return
         with torch.no_grad():
-            p = probabilities(module, query, key, mask)
-        if p.shape[-1] != longest[0]:  # rows of another length cannot be put beside each other
-            if p.shape[-1] < longest[0]:
-                p = nn.functional.pad(p, (0, longest[0] - p.shape[-1]))
-            elif longest[0]:
-                kept = samples["probabilities"].kept
-                assert kept is not None
-                samples["probabilities"].kept = nn.functional.pad(kept, (0, p.shape[-1] - longest[0]))
-            longest[0] = max(longest[0], p.shape[-1])
-        for key_name, tensor in (("query", query), ("key", key), ("value", value), ("probabilities", p)):
-            samples[key_name].update(tensor.reshape(-1, tensor.shape[-1]))
+            raw = scores(module, query, key)
+            found = {"query": query, "key": key, "value": value, "scores": raw,
+                     "probabilities": products.scores_of(raw, mask)}
+        for side, tensor in found.items():
+            rows, sample = tensor.reshape(-1, tensor.shape[-1]), samples[side]
+            if sample.kept is not None:  # rows of another length cannot be put beside each other
+                more = rows.shape[-1] - sample.kept.shape[-1]
+                sample.kept = nn.functional.pad(sample.kept, (0, max(more, 0)))
+                rows = nn.functional.pad(rows, (0, max(-more, 0)))
+            sample.update(rows)
 
     with routing.observing(step.model, seen):
         for i in range(len(step)):

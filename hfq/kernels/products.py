@@ -68,8 +68,14 @@ def attention_float(
     rounded = rounded or coded
     q, k, v = rounded("query", query), rounded("key", key), rounded("value", value)
     k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
-    p = rounded("probabilities", scores_of(q @ k.transpose(-1, -2) * scaling, mask))
+    p = rounded("probabilities", scores_of(_coded(q @ k.transpose(-1, -2) * scaling, specs, params), mask))
     return p.to(v.dtype) @ v
+
+
+def _coded(raw: torch.Tensor, specs: Mapping[str, Any], params: Mapping[str, Any]) -> torch.Tensor:
+    """What the softmax reads, on its grid if it has one ("scores"); masks and positions are added afterwards."""
+    spec = specs.get("scores")
+    return raw if spec is None else grids.fake(raw, spec, params["scores"])
 
 
 def attention_int(
@@ -82,15 +88,15 @@ def attention_int(
         query, key, value: floats ``[B, heads, tokens, head_dim]``; fewer heads of keys and values are shared.
         mask: see :func:`scores_of`.
         specs: the formats by name (``SIDES``): static uniform grids; the probabilities may also be on a logarithmic
-            grid or on two grids of magnitudes.
+            grid or on two grids of magnitudes. "scores", if there, is one for what the softmax reads.
         params: ``(scale [1], zero point [1] or None)`` of each.
 
     Raises:
         KernelError: a format that has no codes here, or a forced backend that cannot run.
     """
     if torch.compiler.is_compiling() or query.is_meta:
-        tensors = [t for name in SIDES for t in params[name] if t is not None]
-        numbers = [n for name in SIDES for n in _numbers(specs[name])]
+        tensors = [t for name in _sides(specs) for t in params[name] if t is not None]
+        numbers = [n for name in _sides(specs) for n in _numbers(specs[name])]
         return torch.ops.hfq.attention_int(query, key, value, mask, scaling, tensors, numbers)
     _check(specs)
     name = dispatch.choose(case_of(query, key, specs), "attention").backend
@@ -104,8 +110,12 @@ def case_of(query: torch.Tensor, key: torch.Tensor, specs: Specs) -> Case:
     return Case("attention", query.device.type, query.dtype, bits, m, key.shape[2], k, k, isa=isa())
 
 
+def _sides(specs: Specs) -> list[str]:
+    return [*SIDES, *(["scores"] if specs.get("scores") is not None else [])]
+
+
 def _check(specs: Specs) -> None:
-    for name in SIDES:
+    for name in _sides(specs):
         spec = specs[name]
         uniform = isinstance(spec, ActivationSpec) and not spec.dynamic and spec.granularity == "tensor"
         logarithm = name == "probabilities" and isinstance(spec, LogSpec)
@@ -127,7 +137,7 @@ def _reference(
     q, k, v = (activation.dequantize(activation.quantize(x, specs[n], params[n]), torch.float64)  # type: ignore[arg-type]
                for n, x in (("query", query), ("key", key), ("value", value)))  # fmt: skip
     k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
-    p = scores_of((q @ k.transpose(-1, -2) * scaling).float(), mask)
+    p = scores_of(_coded((q @ k.transpose(-1, -2) * scaling).float(), specs, params), mask)
     spec, (scale, zero) = specs["probabilities"], params["probabilities"]
     if isinstance(spec, LogSpec):
         p = log.decode(log.encode(p, scale, spec), scale, spec, torch.float64)
@@ -210,7 +220,8 @@ def _attention(
     raw = product(q, k.transpose(-1, -2), specs["query"].max_code * specs["key"].max_code)
     raw = raw.mul_(params["query"][0].float() * params["key"][0].float() * scaling)
     total = None
-    for numbers, factor, largest in _grids(scores_of(raw, mask), specs["probabilities"], params["probabilities"]):
+    p = scores_of(_coded(raw, specs, params), mask)
+    for numbers, factor, largest in _grids(p, specs["probabilities"], params["probabilities"]):
         part = product(numbers, v, largest * specs["value"].max_code).mul_(factor * params["value"][0].float())
         total = part if total is None else total.add_(part)
     assert total is not None
@@ -277,7 +288,7 @@ def _operator(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float,
     params: list[torch.Tensor], formats: list[int],
 ) -> torch.Tensor:
-    specs = {name: _spec(formats[4 * i : 4 * i + 4]) for i, name in enumerate(SIDES)}
+    specs = {name: _spec(formats[4 * i : 4 * i + 4]) for i, name in enumerate((*SIDES, "scores")) if formats[4 * i :]}
     left, given = list(params), {}
     for name, spec in specs.items():
         zero = isinstance(spec, ActivationSpec) and not spec.symmetric

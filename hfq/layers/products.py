@@ -39,16 +39,20 @@ class AttentionProducts(AttentionQuant):
         head_dim: width of a head.
         query, key, value: static uniform grids, one a tensor; ``None`` leaves a side as it is.
         probabilities: of what the softmax gives: uniform, logarithmic, or two grids of magnitudes.
+        scores: a static uniform grid of what the softmax reads, before masks and positions are added.
     """
 
     def __init__(
         self, head_dim: int, *, query: ActivationSpec | None = None, key: ActivationSpec | None = None,
-        value: ActivationSpec | None = None, probabilities: Grid | None = None, device: Any = None,
+        value: ActivationSpec | None = None, probabilities: Grid | None = None,
+        scores: ActivationSpec | None = None, device: Any = None,
     ) -> None:
         super().__init__(head_dim)
         # While grids are learned: ``rounded(side, x)`` gives what a side becomes.
         self.rounded: Callable[[str, torch.Tensor], torch.Tensor] | None = None
         self.formats: dict[str, Grid | None] = dict(zip(SIDES, (query, key, value, probabilities), strict=True))
+        if scores is not None:
+            self.formats["scores"] = scores
         for name, spec in self.formats.items():
             if isinstance(spec, ActivationSpec) and (spec.dynamic or spec.granularity != "tensor"):
                 raise QuantizationError(f"{name}={spec}: products take a stored range a tensor")
@@ -111,7 +115,7 @@ class AttentionProducts(AttentionQuant):
             raise QuantizationError(f"{self.label}: attention on stored grids has no {', '.join(unknown)}")
         scaling = options.get("scaling")
         scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        params = {name: self.range_of(name) for name in SIDES}
+        params = {name: self.range_of(name) for name in self.formats}
         if self.rounded is not None:
             out = products.attention_float(query, key, value, mask, scaling, self.formats, params, self.rounded)
             return out.transpose(1, 2).contiguous(), None
@@ -121,9 +125,9 @@ class AttentionProducts(AttentionQuant):
         out = compute(query, key, value, mask, scaling, self.formats, params)  # type: ignore[arg-type]
         return out.transpose(1, 2).contiguous(), None
 
-    def check(self, where: str, error: type[HfqError] = CheckpointError, sides: Sequence[str] = SIDES) -> None:
-        """Raise ``error`` unless every stored range makes sense."""
-        for name in sides:
+    def check(self, where: str, error: type[HfqError] = CheckpointError, sides: Sequence[str] | None = None) -> None:
+        """Raise ``error`` unless every stored range (of ``sides`` alone, if given) makes sense."""
+        for name in self.formats if sides is None else sides:
             spec = self.formats[name]
             params = self.range_of(name)
             if params is None or params[0].is_meta:
@@ -196,7 +200,7 @@ def empty_products(module: nn.Module, entry: Mapping[str, Any], name: str) -> At
     Raises:
         CheckpointError: the entry makes no sense.
     """
-    if set(entry) != {"module", "form", "head_dim", *SIDES} or not attention._is_size(entry["head_dim"]):
+    if set(entry) - {"scores"} != {"module", "form", "head_dim", *SIDES} or not attention._is_size(entry["head_dim"]):
         raise CheckpointError(f"the attention of {name!r} in the manifest is damaged: {dict(entry)}")
     present = attention.installed(module)
     if present is not None:
@@ -205,7 +209,8 @@ def empty_products(module: nn.Module, entry: Mapping[str, Any], name: str) -> At
         raise CheckpointError(f"{name} has quantized attention already, and otherwise than the manifest says")
     device = next((p.device for p in module.parameters()), None)
     try:
-        sides: Any = {side: None if entry[side] is None else grids.from_dict(entry[side]) for side in SIDES}
+        sides: Any = {side: None if entry[side] is None else grids.from_dict(entry[side])
+                      for side in (*SIDES, "scores") if side in entry}
         return AttentionProducts(entry["head_dim"], device=device, **sides)
     except (ConfigError, QuantizationError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the attention of {name!r} in the manifest cannot be built: {error}") from error

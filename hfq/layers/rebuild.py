@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
-from hfq.layers import attached, attention, integer_build, products
+from hfq.layers import attached, attention, integer_build, products, rounded
 from hfq.layers import folded as norms
 from hfq.layers import manifest as record
 from hfq.layers import online as streams
@@ -32,7 +32,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     whole = integer_build.describe(model)
     if whole is not None:
         return {"version": record.VERSION, "layers": {}, "rotations": [], "integer": whole}
-    lists = {"attention": attention.describe(model), "attached": attached.attached(model),
+    lists = {"attention": attention.describe(model), "attached": attached.attached(model) + rounded.describe(model),
              "folded": norms.describe(model)}  # fmt: skip
     return {
         "version": record.VERSION,
@@ -89,7 +89,10 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
     for place, part in attentions:
         attention.install(model, place, part)
     for place, found in beside:
-        attached.put(model, place, found)
+        if isinstance(found, rounded.RoundedInput):
+            rounded.attach_rounding(model.get_submodule(place), found)
+        else:
+            attached.put(model, place, found)
     return [place for place, _ in todo]
 
 
@@ -124,14 +127,18 @@ def _folded(
 def _beside(
     model: nn.Module, manifest: Mapping[str, Any], layers: Mapping[str, Any]
 ) -> list[tuple[str, nn.Module]]:
-    """Empty affine parts and scaled activations with their places."""
+    """Empty affine parts, scaled activations and rounded inputs with their places."""
     made = []
     for entry in record.parts(manifest, "attached"):
         place = record.locate(model, entry["module"], layers)
-        if place is not None:
+        if place is None:
+            continue
+        if entry.get("kind") == "rounded":
+            part: nn.Module | None = rounded.empty_rounded(model.get_submodule(place), entry)
+        else:
             around = model.get_submodule(place.rpartition(".")[0])
             part = attached.empty_attached(model, entry, place, _widths(around))
-            made += [] if part is None else [(place, part)]
+        made += [] if part is None else [(place, part)]
     return made
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.formats import ActivationSpec, Codes, affine
 from hfq.formats.activation import Parameters
-from hfq.layers import folded
+from hfq.layers import folded, rounded
 from hfq.layers.attached import AttachedPart
 from hfq.layers.deferred import Deferred
 from hfq.layers.experts import is_transposed, pack_experts
@@ -293,7 +293,8 @@ def check(model: nn.Module) -> None:
 def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Replace every packed layer by its float module, online transforms folded back into the weight.
 
-    Stream rotations stay: the weights in between are rotated, and the model's function needs both.
+    Rounded inputs of norms and blocks go as well. Stream rotations stay: the weights in between are rotated, and the
+    model's function needs both.
 
     Args:
         dtype: of the float weights; default the layers' ``compute_dtype``.
@@ -308,4 +309,5 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> li
     for name, module in found.items():
         model.set_submodule(name, to_float(module, dtype).train(module.training))
     folded.restore(model)
+    rounded.remove(model)
     return list(found)

@@ -35,8 +35,10 @@ class MPTQViTConfig(WidthsConfig):
         target_bits: mean width of weights (by their number) and of inputs (by their elements) that widths are lowered
             to from ``max_bits``, not below ``min_bits``; ``None`` leaves ``bits`` and ``activation_bits``, which
             products of attentions have in any case.
+            In the fully quantized mode ``min_bits`` is 4, else 3, unless given.
         greedy_images: that the loss of a move is measured on, at most.
         attention: quantize both products of attentions (those that are not causal).
+        fully_quantized: also what norms and softmax read and the sums that enter blocks, at ``stream_bits`` each.
         moves: filled in by the run.
     """
 
@@ -61,33 +63,42 @@ class MPTQViTConfig(WidthsConfig):
     range_images: int = option(32, range=(1, 1 << 20))
     target_bits: float | None = option(None, range=(2.0, 8.0))
     max_bits: int = option(8, range=(2, 8))
-    min_bits: int = option(3, range=(2, 8))
+    min_bits: int | None = option(None, range=(2, 8))
     greedy_images: int = option(128, range=(1, 1 << 20))
     attention: bool = True
+    fully_quantized: bool = False
+    stream_bits: int = option(8, range=(2, 8))
     moves: Sequence[Any] | None = None
 
     def check(self) -> None:
         super().check()
-        if self.min_bits > self.max_bits:
-            raise ConfigError(f"min_bits={self.min_bits} is above max_bits={self.max_bits}")
-        if self.target_bits is not None and self.target_bits < self.min_bits:
-            raise ConfigError(f"target_bits={self.target_bits}: at least min_bits={self.min_bits} is needed")
+        if self.lowest > self.max_bits:
+            raise ConfigError(f"min_bits={self.lowest} is above max_bits={self.max_bits}")
+        if self.target_bits is not None and self.target_bits < self.lowest:
+            raise ConfigError(f"target_bits={self.target_bits}: at least min_bits={self.lowest} is needed")
         if self.alphas is not None and not (self.alphas and all(0 <= a <= 1 for a in self.alphas)):
             raise ConfigError(f"alphas={list(self.alphas)}: numbers from 0 to 1 are needed")
+        if self.fully_quantized and (self.activation_bits == 16 or not self.attention):
+            raise ConfigError("fully_quantized needs attention=True and activation_bits below 16")
+
+    @property
+    def lowest(self) -> int:
+        """The least width that the run may choose."""
+        return self.min_bits if self.min_bits is not None else 4 if self.fully_quantized else 3
 
 
 def quantize(model: Any, data: Any, config: MPTQViTConfig, report: Report) -> None:
     """Fold all norms, cache inputs and gradients of the float model, choose widths, search steps, pack."""
     from hfq.allocation import cost, relevance
     from hfq.calibration import gradients, static, walk
-    from hfq.reconstruction import smoothed
+    from hfq.reconstruction import smoothed, sums
     from hfq.reconstruction import static as pack
     from hfq.reconstruction.stepsize import Search
 
     plan = config.plan(model)
     if not plan.sites:
         return
-    search = Search(config.candidates, config.low, config.high, config.rounds)
+    search, places = Search(config.candidates, config.low, config.high, config.rounds), sums.places(plan)
     images = relevance.first(data, config.range_images)
     folded = smoothed.fold_norms(plan, images, config.one_call(model, data), config, report, search)  # part A
     sites = [site for site in plan.sites if site.kind in ("linear", "transposed")]
@@ -101,7 +112,8 @@ def quantize(model: Any, data: Any, config: MPTQViTConfig, report: Report) -> No
     report.totals |= {name: getattr(config, name) for name in ("bit_map", "moves", "average_bits")}
     products = None
     if config.attention and config.activation_bits != 16:
-        products = pack.Products(config.activation_bits, "twin", symmetric=True, observer="mse")
+        products = pack.Products(config.activation_bits, "twin", symmetric=True, observer="mse",
+                                 score_bits=config.stream_bits if config.fully_quantized else None)
     for step in walk.walk(plan, images, report=report, **config.walk_options()):
         for stage in static.stages(step):
             if not stage.attention:
@@ -111,6 +123,8 @@ def quantize(model: Any, data: Any, config: MPTQViTConfig, report: Report) -> No
             step.settle()
     smoothed.pack_outside(plan, images, caches, config, report,
                           lambda step, group: _pack(step, group, caches, folded, config, search))
+    if config.fully_quantized:
+        sums.round_stream(plan, places, images, config.stream_bits, report, seed=config.seed)
 
 
 def _form(rows: torch.Tensor, bits: int, behind_norm: bool, config: MPTQViTConfig) -> Any:

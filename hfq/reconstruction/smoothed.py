@@ -121,7 +121,7 @@ def units(
 
     What ``overrides`` say keeps its width and costs nothing.
     """
-    every = list(range(config.min_bits, config.max_bits + 1))
+    every = list(range(config.lowest, config.max_bits + 1))
     start: dict[str, int] = {}
     widths: dict[str, list[int]] = {}
     costs: dict[str, dict[str, dict[int, float]]] = {"weights": {}, "inputs": {}}

@@ -48,6 +48,7 @@ class Products:
         zero: how a logarithmic grid has zero, see :class:`hfq.formats.log.LogSpec`.
         observer: of the uniform ranges.
         value_bits: of values and probabilities, if other than those of queries and keys.
+        score_bits: of what the softmax reads; ``None`` for floats.
     """
 
     bits: int
@@ -56,6 +57,7 @@ class Products:
     zero: str = "reserve"
     observer: str = "percentile"
     value_bits: int | None = None
+    score_bits: int | None = None
 
     def bits_of(self, side: str) -> int:
         return self.bits if side in ("query", "key") or self.value_bits is None else self.value_bits
@@ -146,6 +148,8 @@ def pack_products(
         return False
     sample = static.observe_attention(step, name, seed=seed)
     grids = {side: input_grid(plan.bits_of(side), plan.symmetric) for side in ("query", "key", "value")}
+    if plan.score_bits is not None:
+        grids["scores"] = input_grid(plan.score_bits, plan.symmetric)
     found: dict[str, Any] = {side: (grid, ranges.fit(getattr(sample, side), grid, plan.observer))
                              for side, grid in grids.items()}
     found["probabilities"] = _probabilities(sample.probabilities, plan)

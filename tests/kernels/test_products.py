@@ -126,6 +126,23 @@ def test_operator(kind: str) -> None:
     assert meta.shape == found.shape
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_may_have_a_grid(backend: str) -> None:
+    q, k, v, mask, scaling, specs, params = case(tokens=5)
+    raw = products.attention_float(q, k, v, mask, scaling, specs, params)
+    specs = {**specs, "scores": ActivationSpec(4, True, "tensor", dynamic=False)}
+    params = {**params, "scores": (torch.full((1,), 0.1), None)}
+    wanted = products.attention_float(q, k, v, mask, scaling, specs, params)
+    assert (wanted - raw).norm() > 1e-2 * raw.norm()
+    with kernels.use(attention=backend):
+        assert close(products.attention_int(q, k, v, mask, scaling, specs, params), wanted.double())
+        names = (*products.SIDES, "scores")
+        tensors = [t for name in names for t in params[name] if t is not None]
+        numbers = [int(n) for name in names for n in products._numbers(specs[name])]
+        found = torch.ops.hfq.attention_int(q, k, v, mask, scaling, tensors, numbers)
+        assert torch.equal(found, products.attention_int(q, k, v, mask, scaling, specs, params))
+
+
 def test_tracing_sees_one_operator() -> None:
     q, k, v, mask, scaling, specs, params = case(kind="sqrt2")
 

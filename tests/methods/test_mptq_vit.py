@@ -20,6 +20,7 @@ from hfq.graph.absorb import Matrix, Norm
 from hfq.graph.links import Link, Pair
 from hfq.layers import attention, swap
 from hfq.layers.packed import PackedModule
+from hfq.layers.rounded import RoundedInput
 from hfq.reconstruction import stepsize
 from hfq.reconstruction.stepsize import Reader, Search
 from hfq.transforms import centre, reparameterize
@@ -220,6 +221,54 @@ def test_the_parts_of_the_paper_help() -> None:
         hfq.quantize(model, hfq.MPTQViTConfig(**{**OPTIONS, **options}), IMAGES)
         errors.append(float((logits(model) - wanted).norm() / wanted.norm()))
     assert errors[1] < 0.7 * errors[0], errors
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_mixed_widths_beat_one_width_of_the_same_mean(kind: str, small_vision: Any) -> None:
+    found, images = {}, small_vision.images(256, 2)[0]
+    for name, more in (("mixed", {"target_bits": 4.0}), ("uniform", {})):
+        model = small_vision.make(kind)
+        with torch.no_grad():
+            wanted = model(images).logits.log_softmax(-1)
+            config = hfq.MPTQViTConfig(**{**OPTIONS, "search_rows": 192, "calibration_batch_size": 32,
+                                          "calibration_samples": 64, **more})
+            hfq.quantize(model, config, small_vision.images(64, 5)[0])
+            given = model(images).logits.log_softmax(-1)
+        assert config.average_bits["nominal"] <= 4
+        found[name] = float(nn.functional.kl_div(given, wanted, log_target=True, reduction="batchmean"))
+    assert found["mixed"] < 0.85 * found["uniform"], found
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_fully_quantized(kind: str, tmp_path: Any) -> None:
+    model, errors = make(kind), []
+    wanted = logits(model)
+    for stream in (8, 3):
+        model = make(kind)
+        config = hfq.MPTQViTConfig(bits=8, activation_bits=8, fully_quantized=True, stream_bits=stream, **OPTIONS)
+        report = hfq.quantize(model, config, IMAGES)
+        errors.append(float((logits(model) - wanted).norm() / wanted.norm()))
+        parts = {n.rpartition(".")[0]: m for n, m in model.named_modules() if isinstance(m, RoundedInput)}
+        assert all(part.spec.bits == stream for part in parts.values())
+        assert all(part.formats["scores"].bits == stream for part in attention.parts(model).values())
+    assert errors[0] < 0.1 and errors[1] > 3 * errors[0], errors
+    blocks = [block.name for block in graph.read(make(kind)).blocks if block.sites]
+    norms = [n for n, m in make(kind).named_modules() if isinstance(m, nn.LayerNorm) and not n.endswith("_before")]
+    assert set(parts) == {*blocks, *norms} and {row.module for row in report.attached} >= {
+        f"{name}.hfq_rounded" for name in parts}
+    seen: dict[str, torch.Tensor] = {}
+    for name in norms:  # what a norm computes with is on its grid
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: seen.update({n: args[0]}))
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    for name in norms:
+        codes = seen[name] / parts[name].scale
+        assert (codes - codes.round()).abs().max() < 1e-3 and codes.abs().max() <= 3 + 1e-3
+    with pytest.raises(ConfigError, match="fully_quantized needs"):
+        hfq.MPTQViTConfig(fully_quantized=True, activation_bits=16)
+    with pytest.raises(ConfigError, match="min_bits=4"):
+        hfq.MPTQViTConfig(fully_quantized=True, target_bits=3.5)
 
 
 def test_a_map_is_saved_and_can_be_given(tmp_path: Any) -> None:
