@@ -106,7 +106,7 @@ def attention_int(
 def case_of(query: torch.Tensor, key: torch.Tensor, specs: Specs) -> Case:
     """What the dispatch decides by: ``M`` queries and ``N`` keys of a head of width ``K``."""
     m, k = query.shape[2:]
-    bits = max(spec.bits for spec in specs.values())
+    bits = max(specs[name].bits for name in SIDES)
     return Case("attention", query.device.type, query.dtype, bits, m, key.shape[2], k, k, isa=isa())
 
 
