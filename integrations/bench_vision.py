@@ -32,6 +32,10 @@ WIDTHS = (8, 6, 4, 3)
 CALIBRATION = {"calibration_samples": 128, "calibration_batch_size": 16}
 # Searches of the published length would take hours on this many layers; the second pass refines around the best.
 SEARCH = {"clip_search_steps": 200, "noise_steps": 200, "mean_steps": 50, "coarse": 20, "search_rows": 1024}
+# The published 20,000 steps a unit would take days: a hundredth of them, at ten times the rates.
+LEARNED = {"calibration_samples": 256, "steps": 200, "mlp_steps": 300, "lr": 1e-2, "lr_activation": 4e-4,
+           "mlp_lr": 4e-4}  # fmt: skip
+LOWERED = {"candidates": 40, "rounds": 2}
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "round to nearest, min-max": ("rtn", {"observer": "minmax", "group_size": -1}),
     "round to nearest, percentile": ("rtn", {"observer": "percentile", "clip": "mse", "group_size": -1}),
@@ -41,10 +45,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "RepQuant": ("repquant", {}),
     "NoisyQuant": ("noisyquant", SEARCH),
     "NoisyQuant, two regions": ("noisyquant", {**SEARCH, "base": "twin"}),
-    "APHQ-ViT": ("aphq_vit", {}),
+    "APHQ-ViT": ("aphq_vit", LEARNED),
 }
-# Methods that choose widths: label to method and options that give the mean width; set with the method.
-MIXED: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {}
+# Methods that choose widths, and the same without: label to method and options of a mean width.
+MIXED: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "LRP-QViT, one width": ("lrp_qvit", lambda bits: {"mixed": False}),
+    "LRP-QViT": ("lrp_qvit", lambda bits: {}),
+    "MPTQ-ViT, one width": ("mptq_vit", lambda bits: LOWERED),
+    "MPTQ-ViT": ("mptq_vit", lambda bits: {**LOWERED, "target_bits": bits, "min_bits": min(3, bits - 1)}),
+}
 
 
 def _case(model: str, label: str, width: str, method: str, options: Mapping[str, Any], rescaled: bool = True) -> Case:
@@ -78,12 +87,12 @@ def plain(model: str) -> list[Case]:
 
 
 def mixed(model: str) -> list[Case]:
-    """Widths chosen by layer at a mean of 6 and 4 bits, against one width for all."""
+    """Widths chosen by layer at a mean of 6, 4 and 3 bits, against one width for all."""
     from hfq.methods import METHODS as known
 
     return [
-        _case(model, label, f"mixed {bits}", method, options(bits))
-        for bits in (6, 4) for label, (method, options) in MIXED.items() if known[method].available
+        _case(model, label, f"mean {bits}", method, {"bits": bits, "activation_bits": bits, **options(bits)})
+        for bits in (6, 4, 3) for label, (method, options) in MIXED.items() if known[method].available
     ]  # fmt: skip
 
 
@@ -110,6 +119,20 @@ def noisy(model: str) -> list[Case]:
     return _widths(model, steps, (6, 4))
 
 
+def learned(model: str) -> list[Case]:
+    """What each step of APHQ-ViT does at 3 bits."""
+    steps: dict[str, tuple[str, dict[str, Any]]] = {
+        label: ("aphq_vit", {**LEARNED, **options}) for label, options in (
+            ("errors count alike", {"hessian": "none", "mlp": False}),
+            ("errors count as squared gradients", {"hessian": "squared", "mlp": False}),
+            ("perturbation of each image", {"hessian": "sample", "mlp": False}),
+            ("average perturbation", {"mlp": False}),
+            ("+ perceptrons with ReLUs (APHQ-ViT)", {}),
+        )
+    }  # fmt: skip
+    return _widths(model, steps, (3,))
+
+
 def merged(model: str) -> list[Case]:
     """A RepVGG with merged branches at 8 bits: ranges of channels, of the tensor, and split kernels."""
     steps: dict[str, tuple[str, dict[str, Any]]] = {
@@ -123,20 +146,30 @@ def merged(model: str) -> list[Case]:
 
 
 def cnn(model: str) -> list[Case]:
-    """CNNs at 8 and 4 bits; one width for all layers, and chosen by an integer program where there is a method."""
-    return [_float(model), *_widths(model, {**BASELINES, "AdaQuant": ("adaquant", {})}, (8, 4))]
+    """CNNs at 8 and 4 bits: one width for all layers, and chosen by an integer program of the same size."""
+    tuned = {"steps": 200, "calibration_samples": 256, "lr_weight": 3e-3, "lr_input": 3e-3}
+    methods: dict[str, tuple[str, dict[str, Any]]] = {
+        **BASELINES,
+        "AdaQuant, layers in parallel": ("adaquant", tuned),
+        "AdaQuant, layers in sequence": ("adaquant", {**tuned, "mode": "sequential"}),
+    }
+    half: dict[str, tuple[str, dict[str, Any]]] = {
+        "AdaQuant, widths by the integer program": ("adaquant", {**tuned, "widths": [8, 6, 4, 3, 2],
+                                                                 "target_size": 4 / 32}),
+    }  # fmt: skip
+    return [_float(model), *_widths(model, methods, (8, 4)), *_widths(model, half, (4,))]
 
 
 TABLES: dict[str, Callable[[str], list[Case]]] = {
     "widths": widths, "plain": plain, "mixed": mixed, "repquant": reparameterized, "noisyquant": noisy,
-    "merged": merged, "cnn": cnn,
+    "aphq": learned, "merged": merged, "cnn": cnn,
 }  # fmt: skip
 
 
 # The demo models that a table is meant for; any other model may be asked too.
 MODELS: dict[str, tuple[str, ...]] = {
     "widths": ("vit", "swin"), "plain": ("vit", "swin"), "mixed": ("vit", "swin"), "repquant": ("vit", "swin"),
-    "noisyquant": ("vit", "swin"), "merged": ("repvgg",), "cnn": ("resnet",),
+    "noisyquant": ("vit", "swin"), "aphq": ("vit", "swin"), "merged": ("repvgg",), "cnn": ("resnet",),
 }  # fmt: skip
 TITLES = {
     "widths": "One width for weights and activations",
@@ -144,12 +177,13 @@ TITLES = {
     "mixed": "Widths chosen by layer against one width of the same size",
     "repquant": "What each step of RepQuant does",
     "noisyquant": "The same quantizer without and with a noisy bias",
+    "aphq": "What each step of APHQ-ViT does, 3 bits",
     "merged": "A RepVGG with merged branches",
     "cnn": "A ResNet: one width for all layers, and chosen by layer",
 }
 # Model card to its tables.
 CARDS = {
-    "repquant": ("widths", "repquant"), "noisyquant": ("widths", "noisyquant"), "aphq_vit": ("widths",),
+    "repquant": ("widths", "repquant"), "noisyquant": ("widths", "noisyquant"), "aphq_vit": ("widths", "aphq"),
     "lrp_qvit": ("mixed",), "mptq_vit": ("mixed",), "adaquant": ("cnn",), "cfws": ("merged",),
 }  # fmt: skip
 
