@@ -51,8 +51,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 MIXED: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "LRP-QViT, one width": ("lrp_qvit", lambda bits: {"mixed": False}),
     "LRP-QViT": ("lrp_qvit", lambda bits: {}),
+    "LRP-QViT, bits as objective": ("lrp_qvit", lambda bits: {"objective": "bits"}),
     "MPTQ-ViT, one width": ("mptq_vit", lambda bits: LOWERED),
     "MPTQ-ViT": ("mptq_vit", lambda bits: {**LOWERED, "target_bits": bits, "min_bits": min(3, bits - 1)}),
+    "MPTQ-ViT, fully quantized": (
+        "mptq_vit",
+        lambda bits: {**LOWERED, "target_bits": bits, "min_bits": min(4, bits - 1), "fully_quantized": True}),
 }
 
 

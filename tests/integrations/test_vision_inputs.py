@@ -182,7 +182,7 @@ def test_rows_are_measured_in_children(folder, tmp_path, monkeypatch):
     assert "W8A8" in bench_vision.pivot(rows) and "round to nearest" in bench_rows.table(rows, bench_vision.PROTOCOL)
 
 
-@pytest.mark.parametrize("table", [name for name in bench_vision.TABLES if name != "mixed"])
+@pytest.mark.parametrize("table", bench_vision.TABLES)
 def test_tables_have_rows_with_valid_options(table):
     import hfq
 

@@ -10,8 +10,11 @@ import transformers
 from torch import nn
 
 import hfq
+from hfq import graph
 from hfq.allocation import cost, program, relevance, rules
+from hfq.calibration.step import Step
 from hfq.errors import ConfigError
+from hfq.graph import pairs
 from hfq.graph.absorb import Matrix, Norm
 from hfq.graph.links import Link, Pair
 from hfq.layers import attention, swap
@@ -155,6 +158,20 @@ def test_the_fold_of_clipped_grids_changes_nothing_and_keeps_the_codes() -> None
     assert float((codes != after).double().mean()) < 1e-5
 
 
+@pytest.mark.must_hold("lrp_qvit", 7)
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_the_fold_changes_no_logits(kind: str) -> None:
+    model = make(kind)
+    wanted = logits(model)
+    found = pairs.discover(graph.read(model), lambda: model(IMAGES[:2])).proven("norm")
+    for pair in found:
+        rows = 3 * torch.randn(200, pair.classes) + torch.randn(pair.classes)
+        scale, zero, _ = clip_channels(rows, [link.part.weight for link in pair.readers], 4, (0.99, 1.0))
+        grid = reparameterize.common_grid(scale, zero, 4)
+        reparameterize.fold(pair, grid.ratio, grid.shift)
+    assert len(found) == 4 and (logits(model) - wanted).abs().max() < 1e-4
+
+
 @pytest.mark.must_hold("lrp_qvit", 8)
 def test_constant_channels_and_outliers() -> None:
     x = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
@@ -236,6 +253,27 @@ def test_products_share_the_budget_and_maps_can_be_given(tmp_path: Any) -> None:
     again = make("swin")
     hfq.quantize(again, hfq.LRPQViTConfig(bit_map=config.bit_map, overrides=config.overrides, **OPTIONS), IMAGES)
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_killed_run_chooses_the_same_widths_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**OPTIONS, "objective": "bits"}
+    whole = make()
+    config = hfq.LRPQViTConfig(**options)
+    hfq.quantize(whole, config, IMAGES)
+    own, seen = Step.swap, []
+
+    def stop(self: Step, site: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(seen) == 8:  # in the second block
+            raise KeyboardInterrupt
+        seen.append(site)
+        return own(self, site, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Step, "swap", stop)
+        hfq.quantize(make(), hfq.LRPQViTConfig(work_dir=tmp_path, **options), IMAGES)
+    model, again = make(), hfq.LRPQViTConfig(work_dir=tmp_path, **options)
+    hfq.quantize(model, again, IMAGES)
+    assert again.bit_map == config.bit_map and torch.equal(logits(model), logits(whole))
 
 
 def test_budgets_and_maps_that_cannot_be_met() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 import hfq
 from hfq import graph
 from hfq.allocation import lowering
+from hfq.calibration.step import Step
 from hfq.errors import ConfigError
 from hfq.formats import ActivationSpec, QuantSpec, activation, twin
 from hfq.formats.twin import TwinSpec
@@ -290,3 +291,24 @@ def test_a_map_is_saved_and_can_be_given(tmp_path: Any) -> None:
         hfq.MPTQViTConfig(min_bits=6, max_bits=5)
     with pytest.raises(ConfigError, match="nothing of that name.*did you mean"):
         hfq.quantize(make(), hfq.MPTQViTConfig(bit_map={"vit.layers.0.mlp.fc3": {"bits": 4}}, **OPTIONS), IMAGES)
+
+
+def test_a_killed_run_goes_on_with_the_same_widths(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**OPTIONS, "target_bits": 7.5, "activation_bits": 8, "greedy_images": 2, "fully_quantized": True}
+    whole = make()
+    config = hfq.MPTQViTConfig(**options)
+    hfq.quantize(whole, config, IMAGES)
+    own, seen = Step.swap, []
+
+    def stop(self: Step, site: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(seen) == 8:  # in the second block
+            raise KeyboardInterrupt
+        seen.append(site)
+        return own(self, site, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Step, "swap", stop)
+        hfq.quantize(make(), hfq.MPTQViTConfig(work_dir=tmp_path, **options), IMAGES)
+    model, again = make(), hfq.MPTQViTConfig(work_dir=tmp_path, **options)
+    hfq.quantize(model, again, IMAGES)
+    assert again.bit_map == config.bit_map and torch.equal(logits(model), logits(whole))
