@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -134,8 +133,8 @@ def measure(case: Case, shared: Mapping[str, Any]) -> dict[str, Any]:
     row["disk_bytes"] = _saved_bytes(getattr(pipe, measure_diffusion.denoiser(pipe)))
     row |= measure_diffusion.numbers(pictures, asked, reference if case.method else None,
                                      by_judge=case.model in RECIPES)
-    _keep(pictures[:SHOWN], measure_diffusion.targets(asked[:SHOWN]) if case.model in RECIPES else None,
-          _strip(folder, case.name))
+    shown = asked[:SHOWN] if case.model in RECIPES else [None] * SHOWN
+    measure_diffusion.sheet(pictures[:SHOWN], shown, _strip(folder, case.name), SHOWN)
     return row | {"machine": machine()}
 
 
@@ -174,15 +173,6 @@ def _saved_bytes(component: Any) -> int:
 
 def _strip(folder: Path, name: str) -> Path:
     return folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png"
-
-
-def _keep(pictures: Tensor, digits: Tensor | None, path: Path) -> None:
-    """Pictures side by side, in the order of their digits, one pixel a pixel."""
-    from PIL import Image
-
-    ordered = pictures if digits is None else pictures[digits.argsort()]
-    strip = torch.cat([one[0] for one in ordered], 1).clamp(0, 1)
-    Image.fromarray((255 * strip).round().to(torch.uint8).numpy()).save(path)
 
 
 def run(rows: Iterable[Case], data: str, count: int | None, output: Path, *,

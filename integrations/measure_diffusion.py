@@ -20,7 +20,7 @@ from hfq.integrations import inputs_diffusion as inputs
 
 __all__ = [
     "conditions", "denoiser", "draw", "is_pipeline", "judge", "load", "numbers", "resolve", "sampling", "seen",
-    "targets",
+    "sheet", "targets",
 ]  # fmt: skip
 
 REAL = 2000  # held-out pictures that drawn ones are compared with
@@ -134,6 +134,19 @@ def draw(pipe: Any, asked: Sequence[Any], *, seed: int = 0, batch_size: int = 50
     if pictures.shape[-1] in (1, 3):  # some pipelines give arrays with the channels last whatever is asked
         pictures = pictures.permute(0, 3, 1, 2)
     return pictures.mean(1, keepdim=True)
+
+
+def sheet(pictures: Tensor, asked: Sequence[Any], path: Path, columns: int = 10) -> Path:
+    """Pictures ``[N, 1, H, W]`` in lines of ``columns``, each in the order of its digits, one pixel a pixel."""
+    from PIL import Image
+
+    lines = []
+    for start in range(0, len(pictures), columns):
+        part, digits = pictures[start : start + columns], targets(asked[start : start + columns])
+        lines.append(torch.cat([one[0] for one in (part if digits is None else part[digits.argsort()])], 1))
+    whole = torch.cat(lines).clamp(0, 1)
+    Image.fromarray((255 * whole).round().to(torch.uint8).numpy()).save(path)
+    return path
 
 
 def numbers(pictures: Tensor, asked: Sequence[Any], reference: Tensor | None = None, *, by_judge: bool = True

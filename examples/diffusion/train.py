@@ -10,9 +10,12 @@
 * ``text``: ``UNet2DConditionModel`` with cross-attention to a ``CLIPTextModel`` (both trained here) in a
   ``StableDiffusionPipeline``: ``pipe("a small bold tilted nine", num_inference_steps=20, guidance_scale=3)``.
 * ``dit``: ``DiTTransformer2DModel`` with classes for digits, in a ``DiTPipeline``.
+* ``turbo``: ``text`` distilled to four steps without guidance: ``pipe("a five", num_inference_steps=4,
+  guidance_scale=1)``.
 
 The pictures are scikit-learn's handwritten digits, redrawn (``hfq.integrations.inputs_diffusion``). Every pipeline must
-draw digits that the judge recognises, which is written beside the weights in ``training.json``.
+draw digits that the judge recognises; the share is written beside the weights, and some of them are shown in
+``samples.png``.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def train(name: str, folder: Path, steps: int | None = None) -> None:
     made, loss = MAKERS[name](recipe, count)
     seconds, used = time.perf_counter() - started, time.process_time() - processor_time
     record = {"steps": count, "train_loss": round(loss, 4), "seconds": round(seconds), "cpu_seconds": round(used),
-              **quality(name, made)}
+              **quality(name, made, folder)}
     aim = TARGET.get(name, TARGET["pipeline"])
     if steps is None and record.get("recognised", 1.0) < aim:
         raise DataError(f"{name}: {100 * record['recognised']:.1f} % of the digits are recognised, {100 * aim:.0f} % "
@@ -69,8 +72,11 @@ def train(name: str, folder: Path, steps: int | None = None) -> None:
     sys.stderr.write(f"{name}: {json.dumps(record)}\n")
 
 
-def quality(name: str, made: Any) -> dict[str, float]:
-    """"recognised": share of held-out (judge) or drawn digits that are told right; "psnr" of the autoencoder."""
+def quality(name: str, made: Any, folder: Path) -> dict[str, float]:
+    """"recognised": share of held-out (judge) or drawn digits that are told right; "psnr" of the autoencoder.
+
+    What a pipeline drew is shown in ``samples.png``.
+    """
     if name == "vae":
         pictures, _ = inputs.demo_pictures("test", 500)
         with torch.no_grad():
@@ -85,6 +91,8 @@ def quality(name: str, made: Any) -> dict[str, float]:
     asked = measure_diffusion.conditions(made, "test", DRAWN)
     made.set_progress_bar_config(disable=True)
     pictures = measure_diffusion.draw(made, asked, **inputs.RECIPES[name].sampling)
+    folder.mkdir(parents=True, exist_ok=True)
+    measure_diffusion.sheet(pictures[:50], asked[:50], folder / "samples.png")
     wanted, found = measure_diffusion.targets(asked), measure_diffusion.seen(pictures).logits.argmax(-1)
     return {"recognised": share(found != inputs.NONE if wanted is None else found == wanted)}
 
@@ -191,8 +199,54 @@ def make_dit(recipe: inputs.Recipe, steps: int) -> tuple[Any, float]:
     return DiTPipeline(model, vae, schedule, id2label={i: word for i, word in enumerate(inputs.WORDS)}), value
 
 
+def make_turbo(recipe: inputs.Recipe, steps: int) -> tuple[Any, float]:
+    """A copy of the text-conditional pipeline whose UNet makes several guided steps of its teacher in one.
+
+    The target is that of progressive distillation (Salimans & Ho 2022, arXiv 2202.00512, appendix G): the picture from
+    which one step of DDIM arrives where the teacher's steps arrive.
+    """
+    pipe = measure_diffusion.load(inputs.model_folder("text"))
+    jumps = recipe.sampling["num_inference_steps"]
+    path, states = trajectories(pipe, recipe, jumps)
+    alphas = torch.cat([torch.ones(1), pipe.scheduler.alphas_cumprod])  # the first is that of the end
+    times = 1000 - 1000 // jumps * torch.arange(jumps + 1)
+    keep, lose = alphas[times].sqrt().view(-1, 1, 1, 1), (1 - alphas[times]).sqrt().view(-1, 1, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(step: int) -> Tensor:
+        rows = torch.randint(path.shape[1], (recipe.batch,), generator=generator)
+        at = torch.arange(recipe.batch) % jumps
+        here, ratio = path[at, rows], lose[at + 1] / lose[at]
+        clean = (path[at + 1, rows] - ratio * here) / (keep[at + 1] - ratio * keep[at])
+        wanted = keep[at] * (here - keep[at] * clean) / lose[at] - lose[at] * clean
+        return F.mse_loss(pipe.unet(here, times[at] - 1, encoder_hidden_states=states[rows]).sample, wanted)
+
+    steppers = demo_models.optimizers(pipe.unet.named_parameters(), recipe.lr, recipe.muon_lr)
+    return pipe, demo_models.fit([pipe.unet], steppers, loss, steps)
+
+
+@torch.no_grad()
+def trajectories(pipe: Any, recipe: inputs.Recipe, jumps: int) -> tuple[Tensor, Tensor]:
+    """Latents ``[jumps + 1, N, C, H, W]`` on the guided way of ``pipe`` from noise, and what it was asked for."""
+    asked = inputs.demo_prompts("train", recipe.options["trajectories"], seed=1)
+    words = pipe.tokenizer([*asked, ""], padding="max_length", return_tensors="pt").input_ids
+    states = pipe.text_encoder(words)[0]
+    states, empty = states[:-1], states[-1:].expand(len(asked), -1, -1)
+    size, scale = pipe.unet.config.sample_size, recipe.options["guidance_scale"]
+    latents = torch.randn(len(asked), 4, size, size, generator=torch.Generator().manual_seed(3))
+    pipe.scheduler.set_timesteps(recipe.options["teacher_steps"])
+    path = [latents]
+    for i, time_ in enumerate(pipe.scheduler.timesteps, 1):
+        with_prompt, without = (pipe.unet(latents, time_, encoder_hidden_states=s).sample for s in (states, empty))
+        latents = pipe.scheduler.step(without + scale * (with_prompt - without), time_, latents).prev_sample
+        if i % (recipe.options["teacher_steps"] // jumps) == 0:
+            path.append(latents)
+    return torch.stack(path), states
+
+
 MAKERS: dict[str, Callable[[inputs.Recipe, int], tuple[Any, float]]] = {
     "judge": make_judge, "vae": make_vae, "unet": make_unet, "text": make_text, "dit": make_dit,
+    "turbo": make_turbo,
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ SMALL = {
     "unet": {"block_out_channels": [8, 8, 8], "norm_num_groups": 4, "attention_head_dim": 4},
     "text": {"block_out_channels": [8, 8], "norm_num_groups": 4, "attention_head_dim": 2},
     "dit": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
-    "turbo": {},
+    "turbo": {"trajectories": 20},
 }
 
 
@@ -98,7 +98,7 @@ def test_the_tokenizer_has_a_token_for_each_word(script):
     assert words.unk_token_id not in words("Zebra!").input_ids[1:-1]  # other words are letters, as in CLIP
 
 
-@pytest.mark.parametrize("name", ["unet", "text", "dit"])
+@pytest.mark.parametrize("name", ["unet", "text", "dit", "turbo"])
 def test_pipelines_are_trained_saved_and_run(trained, name):
     from diffusers import DiffusionPipeline
 
@@ -119,6 +119,34 @@ def test_pipelines_are_trained_saved_and_run(trained, name):
     assert seen.logits.shape == (10, 11) and seen.features.shape == (10, 12) and len(seen.maps) == 4
     found = measure_diffusion.numbers(one, asked, parts)
     assert found["psnr"] > 60 and found["feature_distance"] < 1e-3 and found["fid"] > 0 and 0 <= found["digits"] <= 1
+
+
+def test_the_target_of_the_distillation_is_one_step_of_ddim(script, trained, monkeypatch):
+    """A student that answers with the target goes in four steps where the teacher goes in twenty."""
+    trained("text")
+    recipe, answers = inputs.RECIPES["turbo"], {}
+
+    def fit(modules, steppers, loss, steps):
+        unet = modules[0]
+        monkeypatch.setattr(script.F, "mse_loss", lambda found, wanted: answers.setdefault("wanted", wanted).sum())
+        call = unet.forward
+
+        def keep(here, times, encoder_hidden_states):
+            answers.update(here=here, times=times)
+            return call(here, times, encoder_hidden_states=encoder_hidden_states)
+
+        monkeypatch.setattr(unet, "forward", keep)
+        loss(0)
+        return 0.0
+
+    monkeypatch.setattr(script.demo_models, "fit", fit)
+    pipe, _ = script.make_turbo(recipe, 1)
+    path, _ = script.trajectories(measure_diffusion.load("text"), recipe, 4)
+    pipe.scheduler.set_timesteps(4)
+    assert answers["times"][:4].tolist() == pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    for i, time in enumerate(pipe.scheduler.timesteps):
+        arrived = pipe.scheduler.step(answers["wanted"][i : i + 1], time, answers["here"][i : i + 1]).prev_sample
+        assert (path[i + 1] - arrived).abs().flatten(1).amax(1).min() < 1e-3 * path.abs().max()
 
 
 def test_guidance_and_negative_prompts(trained):
