@@ -2,6 +2,7 @@
 
     hfq bench methods demo --table weights,rsq,rescaled,layerwise --output examples/llm/methods.json
     hfq bench methods vit --table widths --output examples/vit/methods.json
+    hfq bench methods text --table widths --output examples/diffusion/methods.json
     python examples/tables.py
 
 The rows come from ``hfq bench methods``, which keeps what a file holds already, so that a table may be measured in
@@ -17,10 +18,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hfq.errors import ConfigError
-from hfq.integrations import bench_methods, bench_vision
+from hfq.integrations import bench_diffusion, bench_methods, bench_vision
 from hfq.integrations.bench_tables import Case
 from hfq.integrations.results import markdown
 
@@ -102,26 +104,35 @@ LANGUAGE = Family(
 )
 
 
-def _vision_tables() -> dict[str, list[Case]]:
-    """The rows of every table, of all the models that it is meant for."""
+def _tables_of(bench: ModuleType) -> dict[str, list[Case]]:
+    """The rows of every table of ``bench``, of all the models that it is meant for."""
     found: dict[str, list[Case]] = {}
-    for name, models in bench_vision.MODELS.items():
-        found[name] = [case for model in models for case in bench_vision.TABLES[name](model)]
+    for name, models in bench.MODELS.items():
+        found[name] = [case for model in models for case in bench.TABLES[name](model)]
     return found
 
 
+def _commands_of(bench: ModuleType, file: str) -> Callable[[Sequence[str]], list[str]]:
+    return lambda names: [
+        f"hfq bench methods {model} --table {','.join(tables)} --output out/{file}.json"
+        for model in bench.RECIPES
+        if (tables := [name for name in names if model in bench.MODELS[name]])
+    ]
+
+
 VISION = Family(
-    EXAMPLES / "vit", "measured vision", _vision_tables(), titles=bench_vision.TITLES, cards=bench_vision.CARDS,
-    readme=["widths", "merged"],
+    EXAMPLES / "vit", "measured vision", _tables_of(bench_vision), titles=bench_vision.TITLES,
+    cards=bench_vision.CARDS, readme=["widths", "merged"],
     source="small models trained by `examples/vit/train.py` on digits over photographs and on textures, 16 classes",
-    protocol=bench_vision.PROTOCOL, render=bench_vision.pivot,
-    commands=lambda names: [
-        f"hfq bench methods {model} --table {','.join(tables)} --output out/vision.json"
-        for model in bench_vision.RECIPES
-        if (tables := [name for name in names if model in bench_vision.MODELS[name]])
-    ],
+    protocol=bench_vision.PROTOCOL, render=bench_vision.pivot, commands=_commands_of(bench_vision, "vision"),
 )
-FAMILIES = (LANGUAGE, VISION)
+DIFFUSION = Family(
+    EXAMPLES / "diffusion", "measured diffusion", _tables_of(bench_diffusion), titles=bench_diffusion.TITLES,
+    cards=bench_diffusion.CARDS, readme=["widths"],
+    source="small pipelines trained by `examples/diffusion/train.py` on redrawn handwritten digits",
+    protocol=bench_diffusion.PROTOCOL, render=markdown, commands=_commands_of(bench_diffusion, "diffusion"),
+)
+FAMILIES = (LANGUAGE, VISION, DIFFUSION)
 
 
 def section(family: Family, tables: Iterable[str], method: str | None = None) -> str:
