@@ -21,7 +21,9 @@ from hfq.integrations.bench_tables import Case
 from hfq.integrations.inputs_vision import RECIPES, open_images
 from hfq.integrations.results import machine
 
-__all__ = ["CARDS", "MIXED", "MODELS", "PROTOCOL", "TABLES", "TITLES", "cases", "measure", "pivot", "run"]
+__all__ = [
+    "CARDS", "MIXED", "MODELS", "PROTOCOL", "TABLES", "TITLES", "cases", "measure", "pivot", "rescale_model", "run",
+]  # fmt: skip
 
 PROTOCOL = (
     "Top-1 of held-out images and share of them that get the float model's class, float32; calibration: 128 training "
@@ -110,7 +112,7 @@ def reparameterized(model: str) -> list[Case]:
         "RepQuant, powers of 2 for the softmax": ("repquant", {"softmax": "log2"}),
         "RepQuant, uniform softmax": ("repquant", {"softmax": "uniform"}),
     }
-    return _widths(model, steps, (6, 4))
+    return _widths(model, steps, (6, 4, 3))
 
 
 def noisy(model: str) -> list[Case]:
@@ -150,18 +152,21 @@ def merged(model: str) -> list[Case]:
 
 
 def cnn(model: str) -> list[Case]:
-    """CNNs at 8 and 4 bits: one width for all layers, and chosen by an integer program of the same size."""
+    """CNNs at 8, 4 and 3 bits: one width for all layers, and chosen by an integer program of the same size."""
+    from hfq.methods import METHODS as known
+
     tuned = {"steps": 200, "calibration_samples": 256, "lr_weight": 3e-3, "lr_input": 3e-3}
     methods: dict[str, tuple[str, dict[str, Any]]] = {
         **BASELINES,
         "AdaQuant, layers in parallel": ("adaquant", tuned),
         "AdaQuant, layers in sequence": ("adaquant", {**tuned, "mode": "sequential"}),
     }
-    half: dict[str, tuple[str, dict[str, Any]]] = {
-        "AdaQuant, widths by the integer program": ("adaquant", {**tuned, "widths": [8, 6, 4, 3, 2],
-                                                                 "target_size": 4 / 32}),
-    }  # fmt: skip
-    return [_float(model), *_widths(model, methods, (8, 4)), *_widths(model, half, (4,))]
+    mixed = [
+        _case(model, "AdaQuant, widths by the integer program", f"W{bits}A{bits}", "adaquant",
+              {"bits": bits, "activation_bits": bits, **tuned, "widths": [8, 6, 4, 3, 2], "target_size": bits / 32})
+        for bits in (4, 3) if known["adaquant"].available
+    ]  # fmt: skip
+    return [_float(model), *_widths(model, methods, (8, 4, 3)), *mixed]
 
 
 TABLES: dict[str, Callable[[str], list[Case]]] = {
@@ -208,7 +213,7 @@ def measure(case: Case, shared: Mapping[str, Any]) -> dict[str, Any]:
 
     model, processor = measure_vision.load(case.model), measure_vision.load_processor(case.model)
     if case.rescaled:
-        _rescale(model)
+        rescale_model(model)
     images = open_images(shared["data"], "test", shared["count"])
     pixels, labels = measure_vision.prepared(images, model, processor)
     row: dict[str, Any] = {"name": case.name, "model": case.model}
@@ -230,14 +235,17 @@ def measure(case: Case, shared: Mapping[str, Any]) -> dict[str, Any]:
     return row | {"evaluation_seconds": round(time.perf_counter() - started, 1), "machine": machine()}
 
 
-def _rescale(model: Any) -> None:
-    from hfq.evaluation.rescale import spread_norms
+def rescale_model(model: Any) -> None:
+    """Give a demo model the channel ranges of large models, exactly, as its kind allows."""
+    from hfq.evaluation import rescale
     from hfq.integrations.models import repvgg
 
     if isinstance(model, repvgg.RepVGGForImageClassification):
         repvgg.unbalance(model)
     elif any(hasattr(module, "layernorm_before") for module in model.modules()):
-        spread_norms(model)  # a CNN with normalisations that fold has nothing to rescale exactly
+        rescale.spread_norms(model)
+    else:
+        rescale.spread_convolutions(model)
 
 
 def run(rows: Iterable[Case], data: str, count: int | None, output: Path, *,

@@ -10,7 +10,7 @@ The images are scikit-learn's handwritten digits on crops of scikit-image's phot
 photographs that no training image came from, and is written beside the weights in ``training.json``.
 
 ``--outliers`` writes a model with the channel ranges of large models instead: an exact rescaling by powers of two (see
-``hfq.evaluation.rescale.spread_norms`` and ``hfq.integrations.models.repvgg.unbalance``), under which the function is
+``hfq.evaluation.rescale`` and ``hfq.integrations.models.repvgg.unbalance``), under which the function is
 the same and the activations are harder to quantize. The tables apply the same rescaling when they load a model.
 Numbers after a GELU stay as they are: no rescaling of them is exact.
 
@@ -32,8 +32,7 @@ from torch.nn import functional as F
 
 from hfq.errors import DataError, HfqError
 from hfq.evaluation.classification import classify
-from hfq.evaluation.rescale import spread_norms
-from hfq.integrations import demo_models, measure_vision
+from hfq.integrations import bench_vision, demo_models, measure_vision
 from hfq.integrations import inputs_vision as inputs
 from hfq.integrations.models import repvgg
 
@@ -136,7 +135,8 @@ def with_outliers(source: Path, output: Path) -> Path:
 
 def harder(model: Any) -> Any:
     """The exact rescaling that fits the model."""
-    return repvgg.unbalance(model) if isinstance(model, repvgg.RepVGGForImageClassification) else spread_norms(model)
+    bench_vision.rescale_model(model)
+    return model
 
 
 def evaluate(model: str, data: str, count: int) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hfq.errors import QuantizationError
 
-__all__ = ["rescale", "spread_norms", "widen_channels"]
+__all__ = ["rescale", "spread_convolutions", "spread_norms", "widen_channels"]
 
 
 @torch.no_grad()
@@ -99,11 +99,43 @@ def spread_norms(model: nn.Module, spread: float = 1.5, seed: int = 0, largest: 
             norm = getattr(block, name)
             if len(parts) not in (1, 3) or any(part.in_features != norm.weight.numel() for part in parts):
                 raise QuantizationError(f"{type(block).__name__}: the readers of {name} are not where ViT has them")
-            exponent = (spread * torch.randn(norm.weight.numel(), generator=generator)).abs().floor()
-            scale = torch.exp2(exponent.double()).clamp(max=largest)
+            scale = _powers(norm.weight.numel(), spread, largest, generator)
             _norm_to(norm, parts, scale)
             norm.bias.copy_((norm.bias.double() * scale).to(norm.bias.dtype))
     return model
+
+
+@torch.no_grad()
+def spread_convolutions(model: nn.Module, spread: float = 1.5, seed: int = 0, largest: int = 32) -> nn.Module:
+    """:func:`spread_norms` for the inner channels of residual blocks: through batch normalisation and ReLU, exactly.
+
+    Args:
+        model: a model with blocks whose ``layer`` is a sequence of parts with ``convolution``, ``normalization`` and
+            ``activation``, as ResNets of transformers have.
+
+    Raises:
+        QuantizationError: there is no such block, or something other than a ReLU stands between.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chains = [list(m.layer) for m in model.modules() if isinstance(getattr(m, "layer", None), nn.Sequential)]
+    chains = [parts for parts in chains if all(hasattr(part, "convolution") for part in parts)]
+    if not chains:
+        raise QuantizationError(f"{type(model).__name__} has no block with a sequence of convolutions in `layer`")
+    for parts in chains:
+        for part, reader in zip(parts, parts[1:], strict=False):
+            if not isinstance(part.activation, nn.ReLU) or reader.convolution.groups != 1:
+                raise QuantizationError(f"{type(part).__name__}: a ReLU and a convolution without groups are needed")
+            scale = _powers(part.normalization.num_features, spread, largest, generator)
+            for tensor in (part.normalization.weight, part.normalization.bias):
+                tensor.copy_((tensor.double() * scale).to(tensor.dtype))
+            weight = reader.convolution.weight
+            weight.copy_((weight.double() / scale[:, None, None]).to(weight.dtype))
+    return model
+
+
+def _powers(count: int, spread: float, largest: int, generator: torch.Generator) -> Tensor:
+    exponent = (spread * torch.randn(count, generator=generator)).abs().floor()
+    return torch.exp2(exponent.double()).clamp(max=largest)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

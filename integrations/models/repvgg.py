@@ -149,7 +149,7 @@ class RepVGGForImageClassification(PreTrainedModel):
 
 
 @torch.no_grad()
-def unbalance(model: RepVGGForImageClassification, factor: float = 64.0) -> RepVGGForImageClassification:
+def unbalance(model: RepVGGForImageClassification, factor: float = 16.0) -> RepVGGForImageClassification:
     """Let the centre taps of the merged kernels outgrow the others, as in RepVGGs at large, without another function.
 
     One channel of every stage is doubled: a twin with the same weights computes the same numbers. The 1 x 1 branch

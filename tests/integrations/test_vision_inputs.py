@@ -14,8 +14,8 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from hfq.errors import ConfigError, DataError
-from hfq.evaluation.rescale import spread_norms
+from hfq.errors import ConfigError, DataError, QuantizationError
+from hfq.evaluation.rescale import spread_convolutions, spread_norms
 from hfq.integrations import bench_rows, bench_vision, inputs_vision
 from hfq.integrations.cli.app import app
 from hfq.integrations.models import repvgg
@@ -74,6 +74,24 @@ def test_spread_norms_keeps_the_function_and_widens_channels(kind):
     assert torch.allclose(logits(spread_norms(model)), before, rtol=1e-5, atol=1e-6)
     ratio = block.layernorm_before.weight / gain
     assert ratio.max() >= 4 and ratio.min() == 1 and torch.equal(ratio.log2(), ratio.log2().round())
+
+
+def test_spread_convolutions_keeps_the_function_and_widens_channels():
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 1], layer_type="basic",
+                                       num_labels=2)
+    model = transformers.ResNetForImageClassification(config).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.bias.data.normal_(std=0.1)
+    before, norm = logits(model), model.resnet.encoder.stages[0].layers[0].layer[0].normalization
+    gain = norm.weight.clone()
+    assert torch.allclose(logits(spread_convolutions(model)), before, rtol=1e-5, atol=1e-5)
+    ratio = norm.weight / gain
+    assert ratio.max() >= 4 and ratio.min() == 1 and torch.equal(ratio.log2(), ratio.log2().round())
+    with pytest.raises(QuantizationError, match="no block"):
+        spread_convolutions(torch.nn.Linear(2, 2))
 
 
 def test_unbalance_keeps_the_function_and_makes_the_centre_large():

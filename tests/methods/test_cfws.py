@@ -16,7 +16,7 @@ from hfq import kernels
 from hfq.calibration.observers import Kl, divergence, masked_divergence
 from hfq.errors import ConfigError, QuantizationError
 from hfq.formats import ActivationSpec, activation, affine
-from hfq.integrations.models.repvgg import RepVGGConfig, RepVGGForImageClassification
+from hfq.integrations.models.repvgg import RepVGGConfig, RepVGGForImageClassification, unbalance
 from hfq.kernels import reference
 from hfq.kernels.conv import Operand, conv2d, prepare
 from hfq.layers.conv import QConv2d
@@ -462,10 +462,13 @@ def glyph_net():
 
 
 @pytest.mark.must_hold("cfws", 11)
-def test_less_than_half_of_the_drop_and_of_the_error_of_one_grid(glyph_net):
+@pytest.mark.parametrize("unbalanced", [False, True])
+def test_less_than_half_of_the_drop_and_of_the_error_of_one_grid(glyph_net, unbalanced):
     import copy
 
     model, calibration, x, y = glyph_net
+    if unbalanced:  # a few centre taps outgrow the others, as in large models; the function is the same
+        model = unbalance(copy.deepcopy(model))
 
     def accuracy(found):
         return float((found.argmax(1) == y).float().mean())
@@ -478,6 +481,7 @@ def test_less_than_half_of_the_drop_and_of_the_error_of_one_grid(glyph_net):
         assert any("coarse" in m.slots for m in packed.modules() if isinstance(m, QConv2d)) == (name == "ours")
         found = logits(packed, x)
         drops[name], errors[name] = before - accuracy(found), float((found - wanted).norm() / wanted.norm())
-    # So small a network loses a third of a percent to one grid, no more: the distance of the logits is the firmer part.
+    # As it was trained, so small a net loses a third of a percent to one grid: the distance of the logits is firmer.
     assert before > 0.8 and drops["ours"] < drops["plain"] / 2, (before, drops, errors)
     assert errors["ours"] < 0.5 * errors["plain"], (before, drops, errors)
+    assert not unbalanced or (drops["plain"] > 0.03 and drops["ours"] < 0.005), (before, drops, errors)
