@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from hfq.errors import DataError
 
 __all__ = ["check", "check_size", "column", "is_image", "prepared"]
 
+# No image processor gives numbers as large as this.
+UNSCALED = 100.0
 _LABELS = ("label", "labels", "fine_label")
 
 
@@ -70,7 +73,7 @@ def check(batches: Iterable[Mapping[str, Any]], model: Any) -> None:
     Raises:
         DataError: one image alone, or images whose size, channels or dtype the model does not take.
     """
-    count = 0
+    count, largest = 0, 0.0
     for batch in batches:
         pixels = batch.get("pixel_values")
         if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
@@ -80,6 +83,10 @@ def check(batches: Iterable[Mapping[str, Any]], model: Any) -> None:
         if not pixels.is_floating_point():
             raise DataError(f"the calibration images are of {pixels.dtype}: the model's image processor makes floats "
                             "of pictures, scaled as the model was trained")
+        largest = max(largest, float(pixels.abs().max()))
+    if largest > UNSCALED:
+        warnings.warn(f"the calibration images hold numbers up to {largest:.0f}: image processors scale pictures to a "
+                      "few units; ranges measured on these hold for no other", stacklevel=2)
     if count == 1:
         raise DataError("one calibration image: ranges measured on one image do not hold for others; give at least two")
 

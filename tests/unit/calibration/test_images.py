@@ -51,3 +51,11 @@ def test_images_that_do_not_fit(pixels, match):
     with pytest.raises(DataError, match=match):
         check([{"pixel_values": pixels}], MODEL)
     check([{"pixel_values": torch.zeros(1, 3, 8, 8)}] * 2, MODEL)
+
+
+def test_pictures_that_no_processor_has_seen():
+    raw = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    with pytest.raises(DataError, match="uint8"):
+        check(normalise(raw), MODEL)
+    with pytest.warns(UserWarning, match="scale pictures to a few units"):
+        check(normalise(raw.float()), MODEL)
