@@ -52,8 +52,9 @@ def _mapping(item: Any) -> Mapping[str, Any]:
     tensor = _tensor(item)
     if tensor is None or tensor.dtype == torch.bool:
         raise DataError(f"a calibration item of type {type(item).__name__} is not understood")
-    # Integers of three or four axes are pictures that no processor has seen: what checks images says so.
-    return {"pixel_values" if tensor.is_floating_point() or tensor.ndim > 2 else "input_ids": tensor}
+    # Bytes of three or four axes are pictures that no processor has seen: what checks images says so.
+    picture = tensor.is_floating_point() or (tensor.dtype == torch.uint8 and tensor.ndim > 2)
+    return {"pixel_values" if picture else "input_ids": tensor}
 
 
 def is_call(item: Any, accepted: Collection[str] | None) -> bool:
