@@ -157,7 +157,7 @@ class _Run:
         kind = self.samples.device.type
         with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
             pred = self.forward(weights, *part.call)
-        return self.loss(pred, part.target, part.mask) * self.scale
+        return self.loss(pred, part.target, part.mask)
 
     def gradients(self, numbers: list[int], seed: int, trained: list[nn.Parameter]) -> float:
         """Leave the gradient of the mean loss of these samples at ``trained``; returns the loss. Summed over ranks."""
@@ -165,7 +165,7 @@ class _Run:
         leaf = {name: weight.detach().requires_grad_(weight.requires_grad) for name, weight in made.items()}
         total = 0.0
         for part in self.samples.parts(self.samples.own(numbers), seed, self.micro_batch):
-            value = self._loss(leaf, part) * (part.rows / len(numbers))
+            value = self._loss(leaf, part) * (self.scale * part.rows / len(numbers))
             value.backward()
             total += float(value.detach())
         due = [(made[name], weight.grad) for name, weight in leaf.items() if weight.grad is not None]

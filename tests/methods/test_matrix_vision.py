@@ -28,6 +28,7 @@ class Row:
 
     slug: str
     options: dict[str, Any] = field(default_factory=dict)
+    walks: bool = True  # goes block by block; others show in their own tests that a killed run goes on
 
 
 LEARN = {"steps": 8, "mlp_steps": 8, "candidates": 16, "attention_candidates": 5, "rounds": 1, "lr": 1e-2}
@@ -40,6 +41,7 @@ ROWS = {
         Row("repquant", {"clip_steps": 10}),
         Row("noisyquant", QUICK),
         Row("aphq_vit", LEARN),
+        Row("adaquant", {"steps": 12, "attention_steps": 5}, walks=False),
         Row("lrp_qvit", {"mixed": False, "clip_shares": [0.99, 1.0]}),
         Row("mptq_vit", {"candidates": 12, "low": 0.4, "rounds": 1, "search_rows": 64}),
     )
@@ -121,7 +123,7 @@ def test_wrong_options_are_named(slug: str) -> None:
             hfq.HfqConfig(method=slug, **wrong)
 
 
-@pytest.mark.parametrize("slug", ROWS)
+@pytest.mark.parametrize("slug", [slug for slug, row in ROWS.items() if row.walks])
 def test_same_seed_same_bytes_and_killed_runs_go_on(slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = digest(quantized(slug)[0])
     assert digest(quantized(slug)[0]) == whole
