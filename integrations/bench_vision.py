@@ -31,6 +31,7 @@ PROTOCOL = (
     "powers of two (RepVGG: a twin channel) unless a row says plain"
 )
 WIDTHS = (8, 6, 4, 3)
+FLOAT = "–"  # the width of the float model in the name of a row
 CALIBRATION = {"calibration_samples": 128, "calibration_batch_size": 16}
 # Searches of the published length would take hours on this many layers; the second pass refines around the best.
 SEARCH = {"clip_search_steps": 200, "noise_steps": 200, "mean_steps": 50, "coarse": 20, "search_rows": 1024}
@@ -79,7 +80,7 @@ def _widths(model: str, chosen: Mapping[str, tuple[str, dict[str, Any]]], widths
 
 
 def _float(model: str) -> Case:
-    return Case(f"{model}: float, –", model=model, rescaled=model in RECIPES)
+    return Case(f"{model}: float, {FLOAT}", model=model, rescaled=model in RECIPES)
 
 
 def widths(model: str) -> list[Case]:
@@ -88,8 +89,8 @@ def widths(model: str) -> list[Case]:
 
 
 def plain(model: str) -> list[Case]:
-    """4 bits on the model as it was trained, without the rescaling."""
-    return _widths(model, {**BASELINES, **METHODS}, (4,), rescaled=False)
+    """8 and 4 bits on the model as it was trained, without the rescaling."""
+    return _widths(model, {**BASELINES, **METHODS}, (8, 4), rescaled=False)
 
 
 def mixed(model: str) -> list[Case]:
@@ -103,7 +104,7 @@ def mixed(model: str) -> list[Case]:
 
 
 def reparameterized(model: str) -> list[Case]:
-    """What each step of RepQuant does at 4 and 6 bits."""
+    """What each step of RepQuant does at 6, 4 and 3 bits."""
     steps: dict[str, tuple[str, dict[str, Any]]] = {
         "layer-wise ranges": ("repquant", {"reparameterize": False, "clip": False, "reconstruction": "nearest"}),
         "+ scale reparameterization": ("repquant", {"clip": False, "reconstruction": "nearest"}),
