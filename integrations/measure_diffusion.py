@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -15,15 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hfq.errors import DataError
-from hfq.evaluation.generation import Drawn, generation, psnr
+from hfq.evaluation.generation import Drawn, frechet, generation, psnr
 from hfq.integrations import inputs_diffusion as inputs
 
 __all__ = [
-    "conditions", "denoiser", "draw", "is_pipeline", "judge", "load", "numbers", "resolve", "sampling", "seen",
-    "sheet", "targets",
+    "conditions", "denoiser", "draw", "general", "inception", "is_pipeline", "judge", "load", "numbers", "resolve",
+    "sampling", "seen", "sheet", "targets",
 ]  # fmt: skip
 
 REAL = 2000  # held-out pictures that drawn ones are compared with
+INCEPTION = "6726825d"  # start of the hash of torch-fidelity's weights
 
 
 def is_pipeline(name: str | os.PathLike[str]) -> bool:
@@ -112,7 +114,7 @@ def targets(asked: Sequence[Any]) -> Tensor | None:
 
 @torch.no_grad()
 def draw(pipe: Any, asked: Sequence[Any], *, seed: int = 0, batch_size: int = 50, **options: Any) -> Tensor:
-    """Pictures float32 ``[N, 1, H, W]`` in [0, 1], one for each of ``asked``.
+    """Pictures float32 ``[N, C, H, W]`` in [0, 1], one for each of ``asked``.
 
     Every picture has a random generator of its own, so that it does not depend on the batch it is drawn in.
 
@@ -131,21 +133,20 @@ def draw(pipe: Any, asked: Sequence[Any], *, seed: int = 0, batch_size: int = 50
         images = pipe(**given, generator=random, output_type="pt", **options).images
         found.append(torch.as_tensor(images).float().cpu())
     pictures = torch.cat(found)
-    if pictures.shape[-1] in (1, 3):  # some pipelines give arrays with the channels last whatever is asked
-        pictures = pictures.permute(0, 3, 1, 2)
-    return pictures.mean(1, keepdim=True)
+    # Some pipelines give arrays with the channels last whatever is asked.
+    return pictures.permute(0, 3, 1, 2) if pictures.shape[-1] in (1, 3) else pictures
 
 
 def sheet(pictures: Tensor, asked: Sequence[Any], path: Path, columns: int = 10) -> Path:
-    """Pictures ``[N, 1, H, W]`` in lines of ``columns``, each in the order of its digits, one pixel a pixel."""
+    """Pictures ``[N, C, H, W]`` in lines of ``columns``, each in the order of its digits, one pixel a pixel."""
     from PIL import Image
 
     lines = []
     for start in range(0, len(pictures), columns):
         part, digits = pictures[start : start + columns], targets(asked[start : start + columns])
-        lines.append(torch.cat([one[0] for one in (part if digits is None else part[digits.argsort()])], 1))
-    whole = torch.cat(lines).clamp(0, 1)
-    Image.fromarray((255 * whole).round().to(torch.uint8).numpy()).save(path)
+        lines.append(torch.cat(list(part if digits is None else part[digits.argsort()]), 2))
+    whole = _bytes(torch.cat(lines, 1))
+    Image.fromarray((whole[0] if len(whole) == 1 else whole.permute(1, 2, 0)).numpy()).save(path)
     return path
 
 
@@ -166,6 +167,8 @@ def numbers(pictures: Tensor, asked: Sequence[Any], reference: Tensor | None = N
                        None if reference is None else seen(reference))
     row = {"fid": found.fid, "kid": found.kid, "digits": found.accuracy, "psnr": found.psnr,
            "feature_distance": found.feature_distance}
+    if (network := inception()) is not None:
+        row["inception_fid"] = frechet(*(general(part, network) for part in (pictures, real)))
     return {key: value for key, value in row.items() if value is not None}
 
 
@@ -179,19 +182,47 @@ def judge(folder: str | Path | None = None) -> Any:
 
 @torch.no_grad()
 def seen(pictures: Tensor, model: Any = None) -> Drawn:
-    """What the judge (or another such classifier) sees in ``pictures [N, 1, S, S]`` in [0, 1].
+    """What the judge (or another such classifier) sees in ``pictures [N, C, S, S]`` in [0, 1], without colours.
 
     Raises:
         DataError: pictures of another form.
     """
     model = judge() if model is None else model
-    if pictures.ndim != 4 or pictures.shape[1] != 1:
-        raise DataError(f"pictures of shape {tuple(pictures.shape)}: [N, 1, S, S] in [0, 1] is needed")
+    if pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
+        raise DataError(f"pictures of shape {tuple(pictures.shape)}: [N, 1 or 3, S, S] in [0, 1] is needed")
     logits, maps = [], []
-    for part in pictures.split(256):
+    for part in pictures.mean(1, keepdim=True).split(256):
         sized = F.interpolate(part, (inputs.SIZE, inputs.SIZE), mode="bilinear", align_corners=False)
         answer = model(2 * sized.clamp(0, 1) - 1, output_hidden_states=True)
         logits.append(answer.logits)
         maps.append(answer.hidden_states)
     levels = [torch.cat(level) for level in zip(*maps, strict=True)]
     return Drawn(pictures, torch.cat(logits), levels, levels[-1].mean((2, 3)))
+
+
+def inception() -> Any:
+    """The network that published distances are measured with, if torch-fidelity and its weights are at hand.
+
+    The weights are those that torch-fidelity keeps in the cache of ``torch.hub``; nothing is downloaded.
+
+    Raises:
+        DataError: the file of weights is damaged.
+    """
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / f"weights-inception-2015-12-05-{INCEPTION}.pth"
+    if importlib.util.find_spec("torch_fidelity") is None or not weights.is_file():
+        return None
+    if not hashlib.sha256(weights.read_bytes()).hexdigest().startswith(INCEPTION):
+        raise DataError(f"{weights} is not the file that its name says: remove it")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights))
+
+
+@torch.no_grad()
+def general(pictures: Tensor, network: Any) -> Tensor:
+    """Features ``[N, 2048]`` of ``pictures [N, 1 or 3, S, S]`` in [0, 1] in the network of :func:`inception`."""
+    return torch.cat([network(_bytes(part.expand(-1, 3, -1, -1)))[0] for part in pictures.split(32)])
+
+
+def _bytes(pictures: Tensor) -> Tensor:
+    return (255 * pictures.clamp(0, 1)).round().to(torch.uint8)

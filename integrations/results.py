@@ -35,6 +35,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "agreement": ("same class as float", lambda v: f"{100 * v:.2f} %"),
     "perplexity": ("perplexity", _perplexity),
     "fid": ("FID", lambda v: f"{v:.2f}"),
+    "inception_fid": ("FID (Inception)", lambda v: f"{v:.2f}"),
     "kid": ("KID", lambda v: f"{v:.4f}"),
     "digits": ("digits as asked", lambda v: f"{100 * v:.1f} %"),
     "psnr": ("PSNR to float", lambda v: f"{v:.1f} dB"),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.machinery
 import importlib.util
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,7 +113,7 @@ def test_pipelines_are_trained_saved_and_run(trained, name):
     assert type(DiffusionPipeline.from_pretrained(folder)) is type(pipe)
     asked = measure_diffusion.conditions(pipe, "test", 10)
     one = measure_diffusion.draw(pipe, asked, num_inference_steps=2)
-    assert one.shape == (10, 1, *((16, 16) if name == "unet" else (32, 32))) and one.min() >= 0 and one.max() <= 1
+    assert one.shape == ((10, 1, 16, 16) if name == "unet" else (10, 3, 32, 32)) and one.min() >= 0 and one.max() <= 1
     parts = measure_diffusion.draw(pipe, asked, num_inference_steps=2, batch_size=4)
     assert torch.allclose(one, parts, atol=1e-4)
     assert not torch.allclose(one, measure_diffusion.draw(pipe, asked, seed=99, num_inference_steps=2), atol=1e-2)
@@ -156,6 +160,29 @@ def test_guidance_and_negative_prompts(trained):
     options = {"num_inference_steps": 2, "guidance_scale": 2.0, "generator": random, "output_type": "pil"}
     images = pipe(["a seven", "a bold nine"], negative_prompt=["a one", "a one"], **options).images
     assert images[0].size == (32, 32) and len(images) == 2
+
+
+def test_published_features_are_taken_where_their_weights_are(trained, monkeypatch, tmp_path):
+    trained("judge")
+    pictures, digits = inputs.demo_pictures("test", 20)
+    assert "inception_fid" not in measure_diffusion.numbers(pictures, digits.tolist())
+    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = lambda name, features, path: (
+        lambda images: (images[:, :, ::8, ::8].flatten(1).float() / 255,) if images.dtype == torch.uint8 else None)
+    package = types.ModuleType("torch_fidelity")
+    package.__spec__ = importlib.machinery.ModuleSpec("torch_fidelity", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert measure_diffusion.inception() is None  # no weights, and none are downloaded
+    weights = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+    with pytest.raises(DataError, match="not the file that its name says"):
+        measure_diffusion.inception()
+    monkeypatch.setattr(measure_diffusion, "INCEPTION", hashlib.sha256(b"weights").hexdigest()[:8])
+    weights.rename(weights.with_name(f"weights-inception-2015-12-05-{measure_diffusion.INCEPTION}.pth"))
+    assert measure_diffusion.numbers(pictures, digits.tolist())["inception_fid"] > 0
 
 
 def test_recipes(monkeypatch, tmp_path):
