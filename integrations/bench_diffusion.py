@@ -212,7 +212,7 @@ def grids(rows: Sequence[Mapping[str, Any]], output: Path) -> list[Path]:
     for model, widths in groups.items():
         plain = widths.pop(FLOAT, {})
         for width, strips in (widths or {"float": {}}).items():
-            name = re.sub(r"[^\w.]+", "-", f"{model}-{width}")
+            name = re.sub(r"[^\w.]+", "-", f"{Path(model).name}-{width}")
             found.append(plots.strips({**plain, **strips}, output.with_name(f"{name}.png")))
     return found
 

@@ -54,15 +54,18 @@ def test_rows_grids_and_their_files(folder, tmp_path, monkeypatch):
     cases = [Case(f"{model}: float, –", model=model)]
     cases += [Case(f"{model}: round to nearest, W{bits}A16", "rtn", {"bits": bits, "group_size": -1}, model=model)
               for bits in (8, 2)]
+    calibrated = {"bits": 8, "activation_bits": 8, "group_size": -1, "record": {"steps": 2, "samples": 2}}
+    cases.append(Case(f"{model}: round to nearest, W8A8", "rtn", calibrated, model=model))
     rows = bench_diffusion.run(cases, "prompts", 3, output)
-    plain, eight, two = rows
+    plain, eight, two, inputs_too = rows
+    assert two["psnr"] < inputs_too["psnr"] < eight["psnr"] and inputs_too["details"]["config"]["activation_bits"] == 8
     assert "psnr" not in plain and eight["psnr"] > two["psnr"] and eight["bits_per_weight"] > 8
     assert two["disk_bytes"] < eight["disk_bytes"] < plain["disk_bytes"]
     assert len(list((tmp_path / "rows-pictures").glob("float-*"))) == 1  # drawn once for all rows
     strips = {path.stem[-5:]: Image.open(path).size for path in (tmp_path / "rows-pictures").glob("*.png")}
-    assert set(strips.values()) == {(24, 8)} and len(strips) == 3
-    drawn = sorted(path.name[-9:] for path in tmp_path.glob("*.png"))
-    assert drawn == ["W2A16.png", "W8A16.png"]
+    assert set(strips.values()) == {(24, 8)} and len(strips) == 4
+    drawn = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert drawn == ["float-W2A16.png", "float-W8A16.png", "float-W8A8.png"]
     assert "dB" in bench_diffusion.pivot(rows) and "PSNR" in bench_rows.table(rows, bench_diffusion.PROTOCOL)
 
 
