@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from hfq.errors import CheckpointError, QuantizationError
 from hfq.formats import ActivationSpec, Codes, affine
 from hfq.formats.activation import Parameters
 from hfq.layers import folded, rounded
-from hfq.layers.attached import AttachedPart
+from hfq.layers.attached import AttachedPart, Rectifier
 from hfq.layers.deferred import Deferred
 from hfq.layers.experts import is_transposed, pack_experts
 from hfq.layers.inputs import InputSpec, check_input, input_shapes, join
@@ -309,5 +310,9 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> li
     for name, module in found.items():
         model.set_submodule(name, to_float(module, dtype).train(module.training))
     folded.restore(model)
+    other = [name for name, module in model.named_modules() if isinstance(module, Rectifier)]
+    if other:  # only the manifest of a packed model names them
+        warnings.warn(f"{other[0]} (and {len(other) - 1} more) is a ReLU now, for which its linears were fitted: a "
+                      "float checkpoint is right only if its config says so (hidden_act)", stacklevel=2)
     rounded.remove(model)
     return list(found)

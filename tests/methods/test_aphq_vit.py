@@ -328,6 +328,16 @@ def test_options(options: dict[str, Any]) -> None:
     assert len(attention.parts(model)) == (0 if floats else 2)
 
 
+def test_a_float_model_with_other_activations_says_so() -> None:
+    model = make()
+    quantized(model, 8, steps=0, mlp_steps=0)
+    wanted = logits(model)
+    with pytest.warns(UserWarning, match="ReLU"):
+        hfq.dequantize(model)
+    assert (logits(model) - wanted).norm() < 0.1 * wanted.norm()
+    assert not any("GELU" in type(module).__name__ for module in model.modules())
+
+
 def test_wrong_options_are_named() -> None:
     for wrong in ({"group_size": 8}, {"symmetric": True}, {"hessian": "full"}, {"drop": 1.5}):
         with pytest.raises(ConfigError):
