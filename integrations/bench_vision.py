@@ -134,7 +134,9 @@ def learned(model: str) -> list[Case]:
             ("errors count as squared gradients", {"hessian": "squared", "mlp": False}),
             ("perturbation of each image", {"hessian": "sample", "mlp": False}),
             ("average perturbation", {"mlp": False}),
+            ("average perturbation, random signs", {"mlp": False, "perturbation_signs": True}),
             ("+ perceptrons with ReLUs (APHQ-ViT)", {}),
+            ("errors count alike, perceptrons with ReLUs", {"hessian": "none"}),
         )
     }  # fmt: skip
     return _widths(model, steps, (3,))
