@@ -36,14 +36,15 @@ def quantiles(ordered: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
 
 def fit(
     rows: torch.Tensor, spec: ActivationSpec, observer: str = "percentile", *,
-    percentiles: Sequence[float] = PERCENTILES, grid: int = 100,
+    percentiles: Sequence[float] = PERCENTILES, grid: int = 100, max_shrink: float = 1.0, norm: float = 2.0,
 ) -> Parameters:
     """Scale ``[1]`` and zero point ``[1]`` of one grid for all of ``rows``.
 
     Args:
         observer: "minmax" covers everything; "percentile" takes of the ranges between the quantiles ``1 - p`` and ``p``
-            the one with the least squared error; "mse" shrinks the whole range in ``grid`` steps for the least squared
-            error; "kl" the symmetric range whose quantized histogram diverges least from that of the numbers.
+            the one with the least error; "mse" shrinks the whole range in steps of ``1 / grid``, up to ``max_shrink``,
+            for the least error; "kl" the symmetric range whose quantized histogram diverges least from that of the
+            numbers. The error is the mean of ``|x - q(x)| ** norm``.
         percentiles: of "percentile".
 
     Raises:
@@ -56,11 +57,11 @@ def fit(
         found = observers.Kl(spec.bits, spec.symmetric)
         found.update(x)
         return _parameters(*found.range(), spec)
-    return _least(x, _candidates(x, observer, percentiles, grid), spec)
+    return _least(x, _candidates(x, observer, percentiles, grid, max_shrink), spec, norm)
 
 
 def _candidates(
-    x: torch.Tensor, observer: str, percentiles: Sequence[float], grid: int
+    x: torch.Tensor, observer: str, percentiles: Sequence[float], grid: int, max_shrink: float
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if observer == "minmax":
         return [(x.min(), x.max())]
@@ -70,7 +71,7 @@ def _candidates(
         return list(zip(lows, highs, strict=True))
     if observer == "mse":
         low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-        return [(low * (1 - i / grid), high * (1 - i / grid)) for i in range(grid)]
+        return [(low * (1 - i / grid), high * (1 - i / grid)) for i in range(round(grid * max_shrink))]
     raise ConfigError(f"observer={observer!r}: one of {OBSERVERS}")
 
 
@@ -79,11 +80,14 @@ def _parameters(low: torch.Tensor, high: torch.Tensor, spec: ActivationSpec) -> 
     return scale, zero
 
 
-def _least(x: torch.Tensor, ranges: Sequence[tuple[torch.Tensor, torch.Tensor]], spec: ActivationSpec) -> Parameters:
+def _least(
+    x: torch.Tensor, ranges: Sequence[tuple[torch.Tensor, torch.Tensor]], spec: ActivationSpec, norm: float
+) -> Parameters:
     found = [_parameters(low, high, spec) for low, high in ranges]
     if len(found) == 1:
         return found[0]
-    errors = [float((activation.fake(x, spec, params) - x).square().sum(dtype=torch.float64)) for params in found]
+    errors = [float((activation.fake(x, spec, params) - x).abs().pow(norm).sum(dtype=torch.float64))
+              for params in found]  # fmt: skip
     return found[errors.index(min(errors))]
 
 

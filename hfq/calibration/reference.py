@@ -25,7 +25,10 @@ def copy_of(model: nn.Module) -> nn.Module:
     for name, p in model.named_parameters():
         if p.is_meta:
             raise QuantizationError(f"{name} is offloaded: a copy of the model is needed beside it, both in memory")
-    return copy.deepcopy(model).to(torch.float32).requires_grad_(False).eval()
+    made = copy.deepcopy(model)
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in made.parameters()):
+        made = made.to(torch.float32)
+    return made.requires_grad_(False).eval()
 
 
 class Reference:

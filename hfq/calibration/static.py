@@ -24,7 +24,7 @@ from hfq.layers import routing
 
 __all__ = [
     "AttentionSample", "RowSample", "Stage", "observe_attention", "observe_inputs", "observe_outside", "probabilities",
-    "scores", "stages",
+    "scores", "stages", "watching",
 ]  # fmt: skip
 
 # Elements of a sample: 16 MiB of float32.
@@ -152,7 +152,7 @@ def observe_inputs(
         rows = rows.reshape(-1, rows.shape[-1])
         samples[site.name].update(rows if keep is None else rows[keep.to(rows.device)])
 
-    with _inputs(sites, hook):
+    with watching(sites, hook):
         for i in range(len(step)):
             now[0] = i
             step.call(i, inputs)
@@ -176,7 +176,7 @@ def _joined(
 
 
 @contextmanager
-def _inputs(sites: Sequence[Any], hook: Callable[[Any, torch.Tensor], None]) -> Iterator[None]:
+def watching(sites: Sequence[Any], hook: Callable[[Any, torch.Tensor], None]) -> Iterator[None]:
     """Inside, ``hook(site, x)`` sees the first input of each site."""
     handles = []
     try:
@@ -205,7 +205,7 @@ def observe_outside(
         rows = x.movedim(1, -1) if site.kind == "conv" else x
         samples.setdefault(site.name, RowSample(limit, seed)).update(rows.reshape(-1, rows.shape[-1]))
 
-    with quiet(model), _inputs(sites, hook):
+    with quiet(model), watching(sites, hook):
         for i in ranks.share(len(batches)):
             forward(model, batches[i])
     reached = {name for names in ranks.gather(sorted(samples)) for name in names}

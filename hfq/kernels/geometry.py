@@ -93,6 +93,16 @@ class Geometry:
                 pads[side] -= self.dilation[axis] * gone // 2
         return replace(self, kernel=size, pads=tuple(pads))  # type: ignore[arg-type]
 
+    def halves(self, at: int) -> tuple[Geometry, Geometry]:
+        """The convolutions of the first ``at`` channels of the input and of the others, whose results add up.
+
+        Raises:
+            QuantizationError: one of them would be empty, or the channels are in groups.
+        """
+        if self.groups != 1 or not 0 < at < self.in_channels:
+            raise QuantizationError(f"{self.in_channels} input channels in {self.groups} groups cannot be cut at {at}")
+        return replace(self, in_channels=at), replace(self, in_channels=self.in_channels - at)
+
     def to_list(self) -> list[int]:
         return [self.in_channels, self.out_channels, *self.kernel, *self.stride, *self.pads, *self.dilation,
                 self.groups]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,20 +10,37 @@ from torch import nn
 from torch.nn import functional as F
 
 from hfq.errors import QuantizationError
-from hfq.formats import ActivationSpec, QuantSpec
+from hfq.formats import ActivationSpec, Codes, QuantSpec
+from hfq.formats.activation import Parameters
 from hfq.kernels import PackedWeight, Runtime, conv, dispatch
 from hfq.kernels.conv import Operand
 from hfq.kernels.geometry import Geometry
+from hfq.layers.deferred import Deferred
 from hfq.layers.inputs import describe_input
 from hfq.layers.one_weight import OneWeight
 from hfq.layers.online import OnlinePart
 from hfq.layers.packed import Memory
 from hfq.layers.slot import Slot
 
-__all__ = ["QConv2d", "geometry_of"]
+__all__ = ["QConv2d", "SecondHalf", "geometry_of"]
 
 # How functional.pad calls what a convolution calls its padding mode.
 _PAD_MODES = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+@dataclass(frozen=True)
+class SecondHalf:
+    """What a convolution does with the input channels from ``at`` on.
+
+    Attributes:
+        at: input channels of the first half.
+        codes: of the weight of the others, ``[out, (in - at) * kh * kw]``.
+        params: ``(scale, zero point)`` of the range of the others, for inputs with a stored range.
+    """
+
+    at: int
+    codes: Codes
+    params: Parameters | None = None
 
 
 def geometry_of(module: nn.Module) -> Geometry:
@@ -56,7 +74,8 @@ class QConv2d(OneWeight):
     """``y = conv(Q(online(x)), W) + bias``, with a packed ``W`` ``[out_channels, in_channels / groups * kh * kw]``.
 
     With ``coarse``, ``W`` is the sum of two packed weights over one input: the whole kernel (slot "weight") and its
-    central taps (slot "coarse"), each with scales of its own.
+    central taps (slot "coarse"), each with scales of its own. With ``cut``, the input channels before it and the
+    others (slot "second") have grids of their own, weights and inputs alike: two sums, each scaled, and the bias once.
 
     Args:
         module: the float convolution, for its sizes and its padding; its tensors are not kept.
@@ -66,6 +85,7 @@ class QConv2d(OneWeight):
         online: transform of the input ``[B, C, H, W]``; the codes are then those of the transformed weight.
         activation: how the input is quantized before the convolution; one scale for all of it.
         coarse: taps and grid of the second weight.
+        cut: number of input channels of the first half, and grid of the weight of the other one.
         device: of the empty tensors.
     """
 
@@ -76,11 +96,13 @@ class QConv2d(OneWeight):
         self, module: nn.Module, spec: QuantSpec, *, bias: torch.Tensor | bool | None = None,
         compute_dtype: torch.dtype = torch.float32, online: OnlinePart | None = None,
         activation: ActivationSpec | None = None, coarse: tuple[tuple[int, int], QuantSpec] | None = None,
-        device: Any = None,
+        cut: tuple[int, QuantSpec] | None = None, device: Any = None,
     ) -> None:
         if activation is not None and activation.granularity != "tensor":
             raise QuantizationError(
                 "the inputs of a convolution share one scale: ActivationSpec(..., granularity='tensor')")
+        if cut is not None and (coarse is not None or online is not None):
+            raise QuantizationError("a convolution whose input is cut has no coarse part and no online transform")
         geometry = geometry_of(module)
         rows, kernel = geometry.out_channels, geometry.kernel
         slots = {"weight": Slot(spec, rows, geometry.columns, tail=kernel)}
@@ -90,6 +112,12 @@ class QConv2d(OneWeight):
             inner = geometry.centre(size)
             slots["coarse"] = Slot(grid, rows, inner.columns, prefix="coarse_", tail=size, shared=True)
             self._places["coarse"] = inner
+        if cut is not None:
+            first, second = geometry.halves(cut[0])
+            self._places = {"weight": first, "second": second}
+            slots = {"weight": Slot(spec, rows, first.columns, tail=kernel),
+                     "second": Slot(cut[1], rows, second.columns, prefix="second_", tail=kernel)}  # fmt: skip
+        self.cut, self._whole = None if cut is None else cut[0], geometry
         super().__init__(slots, compute_dtype=compute_dtype, device=device, activation=activation)
         m: Any = module
         self.in_channels, self.out_channels, self.kernel_size = m.in_channels, m.out_channels, m.kernel_size
@@ -116,14 +144,26 @@ class QConv2d(OneWeight):
         if self.padding_mode != "zeros":
             top, bottom, left, right = self._pads
             x = F.pad(x, (left, right, top, bottom), mode=_PAD_MODES[self.padding_mode])
-        params, _ = self.input_of("weight")
         if torch.compiler.is_compiling() and any(r.hidden for held in self._runtimes.values() for r in held):
-            return self._eager(x, params)
-        return conv.conv2d(x, self.operands(), self.bias, self.activation, params)
+            return self._eager(x)
+        return self._convolved(x)
 
     @torch._dynamo.disable  # a layout of oneDNN has no form that a compiler could trace
-    def _eager(self, x: torch.Tensor, params: Any) -> torch.Tensor:
-        return conv.conv2d(x, self.operands(), self.bias, self.activation, params)
+    def _eager(self, x: torch.Tensor) -> torch.Tensor:
+        return self._convolved(x)
+
+    def _convolved(self, x: torch.Tensor) -> torch.Tensor:
+        operands, params = self.operands(), self.input_of("weight")[0]
+        if self.cut is None:
+            return conv.conv2d(x, operands, self.bias, self.activation, params)
+        halves = x[:, : self.cut], x[:, self.cut :]
+        y = conv.conv2d(halves[0], operands[:1], self.bias, self.activation, params)
+        return y + conv.conv2d(halves[1], operands[1:], None, self.activation, self.input_of("second")[0])
+
+    def weight_view(self, key: str) -> torch.Tensor:
+        if self.cut is None or torch.compiler.is_compiling():
+            return super().weight_view(key)
+        return Deferred(self.dequantize, self._whole.weight_shape, self.compute_dtype, self.device)
 
     def operands(self) -> list[Operand]:
         """What a kernel convolves with, one for each slot."""
@@ -137,9 +177,11 @@ class QConv2d(OneWeight):
     def dequantize(
         self, key: str | None = None, dtype: torch.dtype | None = None, index: int | None = None
     ) -> torch.Tensor:
-        """The float weight; of a layer with a coarse part and without ``key``, the sum of both."""
-        if key == "coarse" or len(self.slots) == 1:
+        """The float weight; of a layer with a coarse part the sum of both, of one whose input is cut both halves."""
+        if key in ("coarse", "second") or len(self.slots) == 1:
             return super().dequantize(key, dtype, index)
+        if self.cut is not None:
+            return torch.cat([super(QConv2d, self).dequantize(half, dtype) for half in self.slots], 1)
         whole = super().dequantize("weight", torch.float32)
         part = super().dequantize("coarse", torch.float32)
         (top, left), (height, width) = (
@@ -156,10 +198,12 @@ class QConv2d(OneWeight):
         return conv.explain(self.operands()[0], M, dtype or self.compute_dtype, self.activation)
 
     def describe(self) -> dict[str, Any]:
-        coarse = self.slots.get("coarse")
+        coarse, cut = self.slots.get("coarse"), {}
+        if self.cut is not None:
+            cut = {"cut": {"at": self.cut, "spec": self.slots["second"].spec.to_dict()}}
         return {
-            **super().describe(), "activation": describe_input(self.activation),
-            "coarse": None if coarse is None else {"taps": list(coarse.tail), "spec": coarse.spec.to_dict()},
+            **super().describe(), "in_features": self._whole.columns, "activation": describe_input(self.activation),
+            "coarse": None if coarse is None else {"taps": list(coarse.tail), "spec": coarse.spec.to_dict()}, **cut,
         }
 
     def extra_repr(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from hfq.errors import QuantizationError
 from hfq.formats import ActivationSpec, activation, grids
 from hfq.formats.twin import TwinSpec
 
-__all__ = ["Drop", "fake_inputs", "fake_outputs"]
+__all__ = ["Drop", "fake_halves", "fake_inputs", "fake_outputs"]
 
 Given = activation.Parameters | Callable[[], activation.Parameters]
 
@@ -70,6 +70,31 @@ def fake_inputs(
                 raise QuantizationError(f"{type(module).__name__}: {what} and its activation format do not agree")
             handles.append(module.register_forward_pre_hook(
                 _hook(spec, params.get(module), factors.get(module), memo, drop), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def fake_halves(modules: Mapping[nn.Module, tuple[int, ActivationSpec, Sequence[Given]]]) -> Iterator[None]:
+    """Inside the block, the input ``[B, C, ...]`` of each module is quantized in two halves on grids of their own.
+
+    Args:
+        modules: channels of the first half, the static grid of both, and ``(scale, zero_point)`` of each or a function
+            that gives them anew at every call; gradients reach both.
+    """
+    def before(at: int, spec: ActivationSpec, given: Sequence[Given]) -> Any:
+        def hook(_: nn.Module, args: tuple) -> tuple:
+            halves = args[0][:, :at], args[0][:, at:]
+            now = [one() if callable(one) else one for one in given]
+            fakes = [activation.fake(x, spec, params) for x, params in zip(halves, now, strict=True)]
+            return (torch.cat(fakes, 1), *args[1:])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(before(*how)) for module, how in modules.items()]
+    try:
         yield
     finally:
         for handle in handles:

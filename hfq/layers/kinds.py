@@ -58,11 +58,11 @@ def matrix_of(module: nn.Module, kind: str) -> torch.Tensor:
 
 def empty(
     module: nn.Module, kind: str, spec: QuantSpec, online: OnlinePart | None, bias: bool, device: Any,
-    activation: ActivationSpec | None = None, coarse: tuple[tuple[int, int], QuantSpec] | None = None,
+    activation: ActivationSpec | None = None, **parts: Any,
 ) -> PackedModule:
     """The packed layer of a float module, its tensors empty except for a bias that is there.
 
-    ``coarse`` are the taps and the grid of the second part of a convolution's weight.
+    ``parts`` are what a :class:`hfq.layers.conv.QConv2d` has besides: ``coarse``, ``cut``.
     """
     weight = module.weight  # type: ignore[union-attr]
     rows, columns = matrix_of(module, kind).shape
@@ -74,7 +74,7 @@ def empty(
         given = getattr(module, "bias", None)
         new = QConv2d(
             module, spec, bias=(given if given is not None else True) if bias else None, compute_dtype=weight.dtype,  # type: ignore[arg-type]
-            online=online, activation=activation, coarse=coarse, device=device,
+            online=online, activation=activation, device=device, **parts,
         )
     else:
         present = getattr(module, "bias", None)

@@ -269,7 +269,7 @@ class PackedModule(QuantizedInput, nn.Module):
         try:
             super()._apply(fn, recurse)
         finally:
-            self._parameters = {**kept, **self._parameters}
+            self._parameters = {**self._parameters, **kept}  # a bias comes first, as it did
         for name, parameter in kept.items():
             if parameter is not None:
                 # Casts of modules leave integers alone: seen as integers, scales keep their dtype and every bit.

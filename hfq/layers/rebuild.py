@@ -164,7 +164,7 @@ def _builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable
     if actual != kind:
         raise CheckpointError(f"{name}: the manifest says {kind}, the model has {type(module).__name__}")
     later = {"activation"} & set(entry)  # entries from before there were activation formats have none
-    later |= {"coarse"} if kind == "conv2d" else set()
+    later |= {"coarse", *({"cut"} & set(entry))} if kind == "conv2d" else set()
     record.fields(name, entry, {"kind", "in_features", "out_features", "bias", "spec", "online", *later})
     rows, columns = matrix_of(module, kind).shape
     record.size(name, entry, "out_features", rows)
@@ -174,10 +174,13 @@ def _builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable
     if not isinstance(bias, bool) or (kind == "embedding" and (bias or transform is not None)):
         raise CheckpointError(f"{name}: bias={bias!r}, online={transform!r} in the manifest")
     online, activation = online_of(name, transform, columns, device), activation_of(name, entry)
-    coarse = None if kind != "conv2d" else _coarse(name, module, entry["coarse"], activation)
+    parts = {} if kind != "conv2d" else {
+        "coarse": _coarse(name, module, entry["coarse"], activation), "cut": _cut(name, module, entry.get("cut"))}
+    if parts.get("cut") is not None and (parts["coarse"] is not None or online is not None):
+        raise CheckpointError(f"{name}: a cut input and other parts besides in the manifest")
     if kind == "embedding" and activation is not None:
         raise CheckpointError(f"{name}: an embedding has no inputs to quantize; the manifest says {dict(entry)}")
-    return lambda: empty(module, kind, spec, online, bias, device, activation, coarse)
+    return lambda: empty(module, kind, spec, online, bias, device, activation, **parts)
 
 
 def _coarse(name: str, module: nn.Module, entry: Any, activation: Any) -> tuple[tuple[int, int], Any] | None:
@@ -196,6 +199,21 @@ def _coarse(name: str, module: nn.Module, entry: Any, activation: Any) -> tuple[
     except QuantizationError as error:
         raise CheckpointError(f"{where}: {error}") from error
     return (taps[0], taps[1]), record.spec_of(where, entry)
+
+
+def _cut(name: str, module: nn.Module, entry: Any) -> tuple[int, Any] | None:
+    """Where the input of a convolution is cut, and the grid of the weight behind it."""
+    if entry is None:
+        return None
+    where = f"{name}.cut"
+    record.fields(where, entry, {"at", "spec"})
+    if type(entry["at"]) is not int:
+        raise CheckpointError(f"{where}: at={entry['at']!r} in the manifest")
+    try:
+        geometry_of(module).halves(entry["at"])
+    except QuantizationError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return entry["at"], record.spec_of(where, entry)
 
 
 def _experts_builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable[[], nn.Module]:

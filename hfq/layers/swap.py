@@ -14,6 +14,7 @@ from hfq.formats import ActivationSpec, Codes, affine
 from hfq.formats.activation import Parameters
 from hfq.layers import folded, rounded
 from hfq.layers.attached import AttachedPart, Rectifier
+from hfq.layers.conv import SecondHalf
 from hfq.layers.deferred import Deferred
 from hfq.layers.experts import is_transposed, pack_experts
 from hfq.layers.inputs import InputSpec, check_input, input_shapes, join
@@ -44,6 +45,7 @@ def swap(
     activation_params: Parameters | None = None, activation_factor: torch.Tensor | None = None,
     asked: Mapping[str, Any] | None = None, tokens: int | None = None, reason: str = "",
     extra: Mapping[str, Any] | None = None, folded: bool = False, coarse: tuple[tuple[int, int], Codes] | None = None,
+    second: SecondHalf | None = None,
 ) -> PackedModule:
     """Replace module ``name`` by its packed layer and add a report row.
 
@@ -56,6 +58,8 @@ def swap(
         tokens, reason, extra: for the row.
         folded: the weight of the float module has ``online`` folded in already.
         coarse: of a convolution: taps and codes of a second part of the weight, over the centre of the kernel.
+        second: of a convolution: what it does with the second part of its input channels; ``codes`` are those of the
+            first part then.
 
     Returns:
         The packed layer, on the device of the float one.
@@ -69,19 +73,22 @@ def swap(
     except QuantizationError as error:
         raise QuantizationError(f"{name}: {error}") from error
     weight = matrix_of(module, kind)
-    if tuple(codes.shape) != tuple(weight.shape):
-        raise QuantizationError(f"{name}: codes of {tuple(codes.shape)} for a weight of {tuple(weight.shape)}")
+    held = tuple(codes.shape) if second is None else (len(codes.codes), codes.shape[1] + second.codes.shape[1])
+    if held != tuple(weight.shape):
+        raise QuantizationError(f"{name}: codes of {held} for a weight of {tuple(weight.shape)}")
     online = join(online)
     if activation is not None and kind == "embedding":
         raise QuantizationError(f"{name}: an embedding has no inputs to quantize")
-    if coarse is not None and kind != "conv2d":
+    if (coarse is not None or second is not None) and kind != "conv2d":
         raise QuantizationError(f"{name}: {kind} has no second part of its weight")
     if online is not None and (kind == "embedding" or online.n != weight.shape[1]):
         raise QuantizationError(f"{name}: a transform of {online.n} features does not fit {kind} {tuple(weight.shape)}")
     device = codes.codes.device if weight.is_meta else weight.device
-    bias, centre = getattr(module, "bias", None) is not None, None if coarse is None else (coarse[0], coarse[1].spec)
+    bias = getattr(module, "bias", None) is not None
+    parts = {"coarse": None if coarse is None else (coarse[0], coarse[1].spec),
+             "cut": None if second is None else (second.at, second.codes.spec)}  # fmt: skip
     try:
-        new = empty(module, kind, codes.spec, online, bias, "meta", activation, centre)
+        new = empty(module, kind, codes.spec, online, bias, "meta", activation, **parts)
     except QuantizationError as error:
         raise QuantizationError(f"{name}: {error}") from error
     new.label = name
@@ -89,10 +96,15 @@ def swap(
     if coarse is not None:
         new.set_codes("coarse", coarse[1], device)
     new.set_input("weight", activation_params, activation_factor)
+    others = [] if coarse is None else [coarse[1]]
+    if second is not None:
+        others = [second.codes]
+        new.set_codes("second", second.codes, device)
+        new.set_input("second", second.params)
     if online is not None:
         online.to(device)
     distance = None
-    if coarse is not None and not weight.is_meta:
+    if others and not weight.is_meta:
         distance = float((new.dequantize(dtype=torch.float32).flatten(1) - weight).norm() / weight.norm())
     elif not weight.is_meta:
         distance = _relative_error([(weight, codes)], None if folded else online)
@@ -102,8 +114,8 @@ def swap(
     if report is not None:
         report.add(Row(
             name, kind=kind, reason=reason, asked=_asked(asked or codes.spec.to_dict(), activation),
-            bits=_bits(codes, None if coarse is None else coarse[1], online, activation),
-            numel=codes.codes.numel(), error=distance, tokens=tokens, kernel=kernel_of(new),
+            bits=_bits(codes, others, weight.numel(), online, activation),
+            numel=weight.numel(), error=distance, tokens=tokens, kernel=kernel_of(new),
             extra=_extra(extra, activation),
         ))  # fmt: skip
     return new
@@ -164,13 +176,14 @@ def swap_experts(
     return new
 
 
-def _bits(codes: Codes, coarse: Codes | None, online: OnlinePart | None, activation: InputSpec | None) -> float:
-    """Stored bits for each weight, with all that comes along."""
-    stored = codes.bits_per_weight() * codes.codes.numel()
-    stored += 0 if coarse is None else coarse.bits_per_weight() * coarse.codes.numel()
+def _bits(
+    codes: Codes, others: Sequence[Codes], numel: int, online: OnlinePart | None, activation: InputSpec | None
+) -> float:
+    """Stored bits for each of ``numel`` weights, with all that comes along."""
+    stored = sum(one.bits_per_weight() * one.codes.numel() for one in (codes, *others))
     stored += 0 if online is None else 8 * sum(p.nbytes for p in online.parameters())
     stored += 8 * sum(dtype.itemsize for dtype in input_shapes(activation).values())
-    return stored / codes.codes.numel()
+    return stored / numel
 
 
 def _asked(asked: Mapping[str, Any], activation: InputSpec | None) -> dict[str, Any]:

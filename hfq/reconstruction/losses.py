@@ -13,7 +13,7 @@ import torch
 from hfq.errors import ConfigError
 
 __all__ = [
-    "LOSSES", "Loss", "divergence", "get", "mse", "relative", "sum_of_squares", "token_relative", "unit_mean",
+    "LOSSES", "Loss", "divergence", "get", "mse", "powers", "relative", "sum_of_squares", "token_relative", "unit_mean",
     "unit_means", "unit_rms", "weighted",
 ]  # fmt: skip
 
@@ -42,6 +42,20 @@ def sum_of_squares(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor 
     """Squared error summed over axis 1 (tokens, or channels of an image) and averaged over the others."""
     square, _ = _squares(pred, target, mask)
     return square.sum(1).mean() if square.ndim > 1 else square.mean()
+
+
+def powers(exponent: float, *, over_axis: bool = True) -> Loss:
+    """A loss: ``|difference| ** exponent``, summed over axis 1 and averaged over the others (or averaged over all)."""
+
+    def loss(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        square, counts = _squares(pred, target, mask)
+        # The root of zero has no slope.
+        power = square.clamp(min=1e-30) ** (exponent / 2)
+        if over_axis and power.ndim > 1:
+            return power.sum(1).mean()
+        return (power.reshape(len(power), -1).sum(1) / counts).mean()
+
+    return loss
 
 
 def relative(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -183,7 +183,7 @@ def simulated(model: nn.Module, unit: Unit, sites: Mapping[str, Any], drop: Drop
     modules = {name: sites[name].module for name in unit.inputs}
 
     def on(steps: Mapping[str, LearnedStep]) -> Callable[[str, torch.Tensor], torch.Tensor]:
-        return lambda side, x: drop(x, activation.fake(x, steps[side].spec, steps[side]()))
+        return lambda side, x: drop(x, activation.fake(x, steps[side].spec, steps[side]())) if side in steps else x
 
     parts = {name: attention.installed(model.get_submodule(name)) for name in unit.sides}
     try:
