@@ -96,11 +96,11 @@ def quantize(model: Any, data: Any, config: QDiffusionConfig, report: Report) ->
         return
     full = copy_of(model)
     cuts = joins.find(plan, _trace(plan, model, data, config)) if config.split_shortcut else {}
-    how, course, codes = _ranges(config, cuts), _course(config), {}
+    how, course, rounded = _ranges(config, cuts), _course(config), {}
     behind = any(config.inputs_for(site.name) != 16 for site in plan.sites)
 
     def restored(step: Any, kept: Any) -> None:
-        codes.update(phases.held(kept, config.spec_for))
+        rounded.update(phases.held(kept, config.spec_for))
 
     options = _options(config, "weights")
     with Reference(config.traced_plan(full, data, units=True), data) as floats:
@@ -110,15 +110,15 @@ def quantize(model: Any, data: Any, config: QDiffusionConfig, report: Report) ->
             curve = phases.fit_weights(step, gates, targets, course, generator(config.seed, step.index))
             report.curves[step.block.name] = loop.thinned(curve)
             phases.harden(step, gates)
-            codes.update(phases.held(step.kept, config.spec_for))
+            rounded.update(phases.held(step.kept, config.spec_for))
             if not behind:
-                phases.pack(step, codes, phases.Inputs(), how)
+                phases.pack(step, rounded, phases.Inputs(), how)
     if behind:
-        _inputs(model, full, data, how, course, codes, config, report)
+        _inputs(model, full, data, how, course, rounded, config, report)
 
 
 def _inputs(
-    model: Any, full: Any, data: Any, how: Any, course: Any, codes: Any, config: QDiffusionConfig, report: Report
+    model: Any, full: Any, data: Any, how: Any, course: Any, rounded: Any, config: QDiffusionConfig, report: Report
 ) -> None:
     """Step 8: the same units again, with hard weights; what enters and should leave is the float model's."""
     from hfq.calibration.reference import Reference
@@ -128,11 +128,11 @@ def _inputs(
     plan = config.traced_plan(model, data, units=True)
     with Reference(config.traced_plan(full, data, units=True), data) as floats:
         for step in walk(plan, data, report=report, **_options(config, "inputs")):
-            inputs = phases.measure(step, list(codes), how, config.attention)
+            inputs = phases.measure(step, list(rounded), how, config.attention)
             curve = phases.fit_inputs(step, inputs, floats.step(step.block.name), course, how,
                                       generator(config.seed, -1 - step.index))
             report.curves[f"{step.block.name} inputs"] = loop.thinned(curve)
-            phases.pack(step, codes, inputs, how)
+            phases.pack(step, rounded, inputs, how)
 
 
 def _trace(plan: Any, model: Any, data: Any, config: QDiffusionConfig) -> Any:

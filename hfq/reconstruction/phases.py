@@ -34,10 +34,12 @@ from hfq.rounding.halves import HalvedRounding
 from hfq.rounding.learned_step import LearnedStep
 from hfq.rounding.lowrank import GatedRounding, sharpness
 
-__all__ = ["Course", "Inputs", "Ranges", "fit_inputs", "fit_weights", "harden", "held", "measure", "pack", "roundings"]
+__all__ = [
+    "Course", "Inputs", "Ranges", "Rounded", "fit_inputs", "fit_weights", "harden", "held", "measure", "pack",
+    "roundings",
+]  # fmt: skip
 
 Rounding = GatedRounding | HalvedRounding
-Held = dict[str, tuple[Codes, ...]]
 _PLAIN = ("linear", "transposed", "conv")
 
 
@@ -101,6 +103,14 @@ class Ranges:
     def input_grid(self, x: torch.Tensor, spec: ActivationSpec, observer: str | None = None) -> Parameters:
         how = observer or ("mse" if self.inputs == "mse" else "minmax")
         return ranges.fit(x, spec, how, max_shrink=0.8, norm=self.norm)
+
+
+@dataclass
+class Rounded:
+    """A weight whose gates are hard: codes of the whole or of both halves, and what its report row says (numbers)."""
+
+    codes: tuple[Codes, ...]
+    told: dict[str, float]
 
 
 @dataclass
@@ -172,7 +182,11 @@ def harden(step: Step, gates: Mapping[str, Rounding]) -> None:
             continue
         gate.harden()
         weight = gate()
-        site.module.weight.copy_(weight.t() if site.kind == "transposed" else weight)
+        weight = weight.t() if site.kind == "transposed" else weight
+        before = site.module.weight.float()
+        told = {"error": float((before - weight).norm() / before.norm().clamp(min=1e-30)), **gate.statistics()}
+        step.kept |= {f"{site.name}/told/{key}": torch.tensor(value) for key, value in told.items()}
+        site.module.weight.copy_(weight)
         several = gate.codes() if isinstance(gate, HalvedRounding) else (gate.codes(),)
         for number, codes in enumerate(several):
             parts = {"codes": codes.codes, "scale": codes.scale, "zero_point": codes.zero_point}
@@ -180,15 +194,19 @@ def harden(step: Step, gates: Mapping[str, Rounding]) -> None:
     step.changed = True
 
 
-def held(kept: Mapping[str, torch.Tensor], spec_for: Callable[[str], QuantSpec]) -> Held:
-    """The codes that :func:`harden` left in ``step.kept``, by site."""
+def held(kept: Mapping[str, torch.Tensor], spec_for: Callable[[str], QuantSpec]) -> dict[str, Rounded]:
+    """What :func:`harden` left in ``step.kept``, by site."""
     found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for key, tensor in kept.items():
         name, number, leaf = key.rsplit("/", 2)
         found.setdefault(name, {}).setdefault(number, {})[leaf] = tensor
-    return {name: tuple(Codes(part["codes"], part["scale"], part.get("zero_point"), spec_for(name))
-                        for _, part in sorted(parts.items()))
-            for name, parts in found.items()}  # fmt: skip
+    made = {}
+    for name, parts in found.items():
+        told = {key: float(value) for key, value in parts.pop("told").items()}
+        codes = (Codes(part["codes"], part["scale"], part.get("zero_point"), spec_for(name))
+                 for _, part in sorted(parts.items()))  # fmt: skip
+        made[name] = Rounded(tuple(codes), told)
+    return made
 
 
 # -- inputs
@@ -277,23 +295,23 @@ def fit_inputs(
                              parameters=inputs.scales, where=step.block.name)  # fmt: skip
 
 
-def pack(step: Step, codes: Held, inputs: Inputs, how: Ranges, **told: Any) -> None:
-    """Store the steps and replace the sites whose codes are there by packed layers.
-
-    Args:
-        told: for all report rows.
-    """
+def pack(step: Step, rounded: Mapping[str, Rounded], inputs: Inputs, how: Ranges) -> None:
+    """Store the steps and replace the sites whose codes are there by packed layers."""
     for name, sides in inputs.sides.items():
         part = attention.installed(step.model.get_submodule(name))
         for side, learned in sides.items():
             part.set_range(side, learned.params())  # type: ignore[union-attr]
     for site in step.block.sites:
-        if site.name not in codes:
+        if site.name not in rounded:
             continue
-        own, steps = codes[site.name], inputs.steps.get(site.name, ())
+        own, steps = rounded[site.name].codes, inputs.steps.get(site.name, ())
+        told = dict(rounded[site.name].told)
+        error = told.pop("error")
         params = [learned.params() for learned in steps] or [None, None]
-        options = input_options(steps[0].spec if steps else None, params[0], extra=dict(told))
+        options = input_options(steps[0].spec if steps else None, params[0], extra=told)
         if len(own) > 1:
             options["second"] = SecondHalf(how.cuts[site.name], own[1], params[1])
             options["extra"] |= {"cut": how.cuts[site.name]}
         step.swap(site, own[0], asked=own[0].spec.to_dict(), **options)
+        if step.report is not None:  # the float layer had the rounded weight already
+            step.report.rows[site.name].error = error
