@@ -46,9 +46,11 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "round to nearest, min-max": ("rtn", {"group_size": -1}),
     "round to nearest, percentile": ("rtn", {"group_size": -1, "observer": "percentile", "clip": "mse"}),
 }
+# Steps that small pipelines need; published are 20 000 and 5 000 a unit.
+LEARN = {"steps": 400, "activation_steps": 200, "batch_size": 16, "lr": 1e-2}
 # Label to method and options; rows of methods that this version of hfq does not have are left out.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Q-Diffusion": ("q_diffusion", {}),
+    "Q-Diffusion": ("q_diffusion", LEARN),
     "MixDQ": ("mixdq", {}),
     "ViDiT-Q": ("vidit_q", {}),
     "DGQ": ("dgq", {}),
@@ -88,19 +90,34 @@ def mixed(model: str) -> list[Case]:
     ]  # fmt: skip
 
 
-TABLES: dict[str, Callable[[str], list[Case]]] = {"widths": widths, "narrow": narrow, "mixed": mixed}
+def trajectory(model: str) -> list[Case]:
+    """Shortcuts with and without grids of their own for both halves; calls of the whole loop, and of its first step."""
+    chosen: dict[str, tuple[str, dict[str, Any]]] = {
+        "Q-Diffusion": ("q_diffusion", LEARN),
+        "Q-Diffusion, one grid a shortcut": ("q_diffusion", {**LEARN, "split_shortcut": False}),
+        "Q-Diffusion, first timestep alone": ("q_diffusion", {**LEARN, "record": {"steps": 1, "samples": 200}}),
+    }
+    return [Case(f"{model}: float, {FLOAT}", model=model), *_rows(model, chosen, ((4, 8),))]
+
+
+TABLES: dict[str, Callable[[str], list[Case]]] = {
+    "widths": widths, "narrow": narrow, "mixed": mixed, "trajectory": trajectory,
+}  # fmt: skip
 # The demo pipelines that a table is meant for; any other pipeline may be asked too.
 MODELS: dict[str, tuple[str, ...]] = {
     "widths": ("unet", "text", "dit", "turbo"), "narrow": ("text",), "mixed": ("turbo",),
+    "trajectory": ("unet", "text"),
 }  # fmt: skip
 TITLES = {
     "widths": "One width for all layers",
     "narrow": "Inputs of 6 bits",
     "mixed": "Widths chosen by layer",
+    "trajectory": "What is calibrated on, and how shortcuts are rounded",
 }
 # Model card to its tables.
 CARDS = {
-    "q_diffusion": ("widths",), "mixdq": ("widths", "mixed"), "vidit_q": ("widths",), "dgq": ("widths", "narrow"),
+    "q_diffusion": ("widths", "trajectory"), "mixdq": ("widths", "mixed"), "vidit_q": ("widths",),
+    "dgq": ("widths", "narrow"),
 }  # fmt: skip
 
 
@@ -147,6 +164,8 @@ def _quantize(pipe: Any, case: Case, sampling: Mapping[str, Any], data: str) -> 
     config, component = hfq.HfqConfig(method=case.method, **options), measure_diffusion.denoiser(pipe)
     asked = measure_diffusion.conditions(pipe, "train", record["samples"], data) if config.wants_data else None
     prompts = None if asked is None or asked[0] is None else asked
+    if sampling.get("guidance_scale", 2.0) <= 1:
+        record["guidance"] = False  # made to draw without
     cpu = time.process_time()
     hfq.quantize_pipeline(pipe, {component: config}, prompts, **(record | sampling if config.wants_data else {}))
     report = getattr(pipe, component).hfq_report
