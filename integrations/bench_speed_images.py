@@ -1,12 +1,14 @@
 """``hfq bench speed vit:384x6``: image models against their own float form, in turns in one process.
 
 What a model was calibrated on does not change its speed, so images are random, and weights may be: a shape such as
-``vit:384x6`` (width x blocks) is a model of that size. Quality is measured elsewhere.
+``vit:384x6`` (width x blocks) is a model of that size; ``unet:128x2`` is one denoising step. Quality is measured
+elsewhere.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from hfq.errors import ConfigError
-from hfq.evaluation.latency import call_speeds
+from hfq.evaluation.latency import call_speeds, op_shares
 from hfq.integrations import measure
 
 __all__ = ["ROWS", "is_shape", "measured", "model_of"]
@@ -57,8 +59,20 @@ def _resnet(width: int, blocks: int) -> Any:
     ))
 
 
+def _unet(width: int, blocks: int) -> Any:
+    if importlib.util.find_spec("diffusers") is None:
+        raise ConfigError("unet:... is a model of diffusers: pip install 'hfq[diffusers]'")
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=32, in_channels=3, out_channels=3, block_out_channels=(width, 2 * width, 2 * width),
+        layers_per_block=blocks, down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+
+
 _FAMILIES: dict[str, tuple[Callable[[int, int], Any], int]] = {
-    "vit": (_vit, 224), "swin": (_swin, 224), "resnet": (_resnet, 64),
+    "vit": (_vit, 224), "swin": (_swin, 224), "resnet": (_resnet, 128), "unet": (_unet, 32),
 }  # fmt: skip
 _SHAPE = re.compile(rf"({'|'.join(_FAMILIES)}):(\d+)x(\d+)")
 
@@ -106,18 +120,28 @@ def measured(name: str, rows: Sequence[str], *, batch: int = 16, rounds: int = 5
         raise ConfigError(f"--rows {unknown[0]!r}: {', '.join(ROWS)} are the rows of image models")
     model, side = model_of(name)
     images = torch.randn(max(batch, _SAMPLES), 3, side, side, generator=torch.Generator().manual_seed(0))
+    feed = _step if name.startswith("unet:") else _pixels
     models: dict[str, Any] = {"float": model}
     for row in rows:
         title, method, options = ROWS[row]
         say(f"quantize: {title}")
         config = hfq.HfqConfig(method=method, **_with_samples(options))
         quantized = copy.deepcopy(model)
-        hfq.quantize(quantized, config, images[:_SAMPLES] if config.wants_data else None)
+        hfq.quantize(quantized, config, [feed(images[:_SAMPLES])] if config.wants_data else None)
         models[title] = quantized
     say("measure")
-    pixels = images[:batch]
-    found = call_speeds({title: lambda m=m: m(pixel_values=pixels) for title, m in models.items()}, rounds=rounds)
-    return [_row(title, models[title], batch, *found[title]) for title in models]
+    given = feed(images[:batch])
+    calls = {title: lambda m=m: m(**given) for title, m in models.items()}
+    found = call_speeds(calls, rounds=rounds)
+    return [_row(title, models[title], batch, *found[title]) | {"shares": op_shares(calls[title])} for title in models]
+
+
+def _pixels(images: torch.Tensor) -> dict[str, Any]:
+    return {"pixel_values": images}
+
+
+def _step(images: torch.Tensor) -> dict[str, Any]:
+    return {"sample": images, "timestep": torch.tensor(500)}
 
 
 def _with_samples(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "speed_ratio": ("speed ratio", lambda v: f"{v:.2f}"),
     "prefill_ratio": ("prefill ratio", lambda v: f"{v:.2f}"),
     "kernel": ("kernel", str),
+    "shares": ("most time in", lambda v: ", ".join(f"{name} {100 * part:.0f} %" for name, part in v.items())),
 }
 
 

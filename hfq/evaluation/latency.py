@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hfq.errors import DataError
 
-__all__ = ["Speed", "call_speeds", "decode_seconds", "decode_speeds", "prefill_seconds", "speeds"]
+__all__ = ["Speed", "call_speeds", "decode_seconds", "decode_speeds", "op_shares", "prefill_seconds", "speeds"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,21 @@ def call_speeds(calls: Mapping[str, Callable[[], Any]], *, rounds: int = 5) -> d
                 best[name] = min(best[name], clock() - started)
     first = next(iter(best.values()))
     return {name: (seconds, first / seconds) for name, seconds in best.items()}
+
+
+@torch.no_grad()
+def op_shares(call: Callable[[], Any], most: int = 5) -> dict[str, float]:
+    """Where the time of one call goes: the operators that take most of it, and their share, the largest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = torch.cuda.is_available()
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    with profile(activities=kinds) as profiler:
+        call()
+    spent = {event.key: float(event.self_device_time_total if cuda else event.self_cpu_time_total)
+             for event in profiler.key_averages()}  # fmt: skip
+    total = sum(spent.values()) or 1.0
+    return {key: spent[key] / total for key in sorted(spent, key=spent.__getitem__, reverse=True)[:most]}
 
 
 def _settle() -> None:

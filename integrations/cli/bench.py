@@ -52,7 +52,7 @@ def kernels(
 @bench.command()
 def speed(
     model: str = typer.Argument("demo", help="Folder, Hub id, demo, or a shape (width x blocks): random:2048x2, "
-                                             "vit:384x6, swin:384x6, resnet:512x2."),
+                                             "vit:384x6, swin:384x6, resnet:512x2, unet:128x2."),
     rows: str = typer.Option("w4,w8a8", "--rows", "-r", help="w4, w8, w8a8, w4a8; of language models kv4 and "
                                                              "kv4-codebook, of image models w8a8-attention."),
     prompt: int = typer.Option(512, "--prompt", min=1, help="Tokens of the prompt whose prefill is timed."),

@@ -43,6 +43,6 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
     """Rows of measured numbers (keys of ``results.COLUMNS``)."""
     columns = columns_of(rows)
     cells = [[format_value(key, row.get(key)) for key in columns] for row in rows]
-    texts = {"name", "kernel"}
+    texts = {"name", "kernel", "shares"}
     table([COLUMNS[key][0] for key in columns], cells, title=title,
           numbers=[index for index, key in enumerate(columns) if key not in texts])

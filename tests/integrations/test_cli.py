@@ -160,6 +160,7 @@ def test_bench_speed_of_image_models(tmp_path):
     assert [row["name"] for row in rows] == ["float", "weights and inputs of 8 bits"]
     assert rows[0]["speed_ratio"] == 1 and rows[1]["speed_ratio"] > 0 and rows[1]["kernel"]
     assert "dequant" not in rows[1]["kernel"]
+    assert all(0 < sum(row["shares"].values()) <= 1 for row in rows) and "qconv" in " ".join(rows[1]["shares"])
 
 
 def test_bench_speed(tmp_path):
