@@ -85,7 +85,7 @@ RECIPES: dict[str, Recipe] = {
         "block_out_channels": [32, 64, 64], "norm_num_groups": 16, "attention_head_dim": 16,
         "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
         "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
-    }, steps=1200, batch=32, sampling={"num_inference_steps": 20}),
+    }, steps=1500, batch=32, sampling={"num_inference_steps": 20}),
     "text": Recipe({
         "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
         "block_out_channels": [64, 128], "norm_num_groups": 16, "attention_head_dim": 4, "cross_attention_dim": 64,
