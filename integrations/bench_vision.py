@@ -50,16 +50,22 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "NoisyQuant, two regions": ("noisyquant", {**SEARCH, "base": "twin"}),
     "APHQ-ViT": ("aphq_vit", LEARNED),
 }
+
+
+def _lowered(bits: int) -> dict[str, Any]:
+    """Widths lowered from two bits above their mean; a quarter of the images judges each of the hundreds of moves."""
+    return {**LOWERED, "target_bits": bits, "max_bits": bits + 2, "greedy_images": 32}
+
+
 # Methods that choose widths, and the same without: label to method and options of a mean width.
 MIXED: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "LRP-QViT, one width": ("lrp_qvit", lambda bits: {"mixed": False}),
     "LRP-QViT": ("lrp_qvit", lambda bits: {}),
     "LRP-QViT, bits as objective": ("lrp_qvit", lambda bits: {"objective": "bits"}),
     "MPTQ-ViT, one width": ("mptq_vit", lambda bits: LOWERED),
-    "MPTQ-ViT": ("mptq_vit", lambda bits: {**LOWERED, "target_bits": bits, "min_bits": min(3, bits - 1)}),
-    "MPTQ-ViT, fully quantized": (
-        "mptq_vit",
-        lambda bits: {**LOWERED, "target_bits": bits, "min_bits": min(4, bits - 1), "fully_quantized": True}),
+    "MPTQ-ViT": ("mptq_vit", lambda bits: {**_lowered(bits), "min_bits": bits - 1}),
+    "MPTQ-ViT, fully quantized": ("mptq_vit", lambda bits: {**_lowered(bits), "min_bits": min(4, bits - 1),
+                                                            "fully_quantized": True}),
 }
 
 
