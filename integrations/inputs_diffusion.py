@@ -91,7 +91,7 @@ RECIPES: dict[str, Recipe] = {
         "block_out_channels": [64, 128], "norm_num_groups": 16, "attention_head_dim": 4, "cross_attention_dim": 64,
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    }, steps=1200, batch=32, needs=("vae",), sampling={"num_inference_steps": 20, "guidance_scale": 3.0}),
+    }, steps=2400, batch=32, needs=("vae",), sampling={"num_inference_steps": 20, "guidance_scale": 3.0}),
     "dit": Recipe({
         "sample_size": 8, "in_channels": 4, "out_channels": 4, "patch_size": 2, "num_layers": 6,
         "num_attention_heads": 4, "attention_head_dim": 32, "num_embeds_ada_norm": 1000,

@@ -65,8 +65,10 @@ def train(name: str, folder: Path, steps: int | None = None) -> None:
               **quality(name, made, folder)}
     aim = TARGET.get(name, TARGET["pipeline"])
     if steps is None and record.get("recognised", 1.0) < aim:
+        rejected = inputs.model_folder(name).with_suffix(".rejected")  # minutes of work: kept to be looked at
+        made.save_pretrained(rejected)
         raise DataError(f"{name}: {100 * record['recognised']:.1f} % of the digits are recognised, {100 * aim:.0f} % "
-                        "are the aim: this machine trained another model than the recipe means")
+                        f"are the aim: this machine trained another model than the recipe means; it is in {rejected}")
     made.save_pretrained(folder)
     (folder / demo_models.RECORD).write_text(json.dumps(record, indent=1))
     sys.stderr.write(f"{name}: {json.dumps(record)}\n")

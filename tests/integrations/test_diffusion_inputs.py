@@ -185,6 +185,14 @@ def test_published_features_are_taken_where_their_weights_are(trained, monkeypat
     assert measure_diffusion.numbers(pictures, digits.tolist())["inception_fid"] > 0
 
 
+def test_a_model_that_misses_the_aim_is_kept_aside(script, trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "TARGET", {"judge": 1.1, "pipeline": 0.0})
+    with pytest.raises(DataError, match=r"110 % are the aim.*\.rejected"):
+        script.train("judge", tmp_path / "judge")
+    assert not (tmp_path / "judge").exists()
+    assert (inputs.model_folder("judge").with_suffix(".rejected") / "config.json").is_file()
+
+
 def test_recipes(monkeypatch, tmp_path):
     text, vae = inputs.RECIPES["text"], inputs.RECIPES["vae"]
     before = text.digest()
