@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,9 +10,18 @@ from hfq.config import HfqConfig
 from hfq.errors import ConfigError
 from hfq.fields import did_you_mean, type_hints
 
-__all__ = ["WidthsConfig"]
+__all__ = ["WidthsConfig", "check_known"]
 
 _FIELDS = ("bits", "activation_bits")
+
+
+def check_known(field: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` if a config's ``field`` names a layer that is not among ``known``."""
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known)  # a model has too many layers to list them
+            raise ConfigError(f"{field}[{name!r}]: nothing of that name is quantized in this model"
+                              f"{hint if hint.endswith('?') else ''}")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -54,12 +63,7 @@ class WidthsConfig(HfqConfig):
 
     def check_layers(self, names: Iterable[str]) -> None:
         """Raise :class:`ConfigError` if ``bit_map`` has a layer that is not among ``names``."""
-        known = list(names)
-        for name in self.bit_map or {}:
-            if name not in known:
-                hint = did_you_mean(name, known)  # a model has too many layers to list them
-                raise ConfigError(f"bit_map[{name!r}]: nothing of that name is quantized in this model"
-                                  f"{hint if hint.endswith('?') else ''}")
+        check_known("bit_map", self.bit_map or {}, list(names))
 
     def override_for(self, name: str) -> dict[str, Any]:
         """The width of a layer, under the user's own overrides."""

@@ -55,18 +55,26 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViDiT-Q": ("vidit_q", {}),
     "DGQ": ("dgq", {}),
 }
-# Methods that choose widths: label to method and options that give the mean width of weights; set with the method.
-MIXED: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {}
+# Methods that choose widths: label to method and options that give the mean width of weights.
+MIXED: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "ViDiT-Q": ("vidit_q", lambda bits: {"target_bits": float(bits)}),
+}
+# Methods whose rows only some of the demo pipelines have.
+ONLY = {"vidit_q": ("dit",)}  # (of a UNet it leaves the convolutions)
+
+
+def _meant(method: str, model: str) -> bool:
+    from hfq.methods import METHODS as known
+
+    return known[method].available and (model not in RECIPES or model in ONLY.get(method, RECIPES))
 
 
 def _rows(model: str, chosen: Mapping[str, tuple[str, dict[str, Any]]], widths: Iterable[tuple[int, int]]
           ) -> list[Case]:
-    from hfq.methods import METHODS as known
-
     return [
         Case(f"{model}: {label}, W{bits}A{inputs}", method, {"bits": bits, "activation_bits": inputs, **options},
              model=model)
-        for bits, inputs in widths for label, (method, options) in chosen.items() if known[method].available
+        for bits, inputs in widths for label, (method, options) in chosen.items() if _meant(method, model)
     ]  # fmt: skip
 
 
@@ -82,11 +90,9 @@ def narrow(model: str) -> list[Case]:
 
 def mixed(model: str) -> list[Case]:
     """Widths chosen by layer at a mean of 8, 5 and 4 bits, inputs of 8 bits."""
-    from hfq.methods import METHODS as known
-
     return [
         Case(f"{model}: {label}, mixed {bits}", method, options(bits), model=model)
-        for bits in (8, 5, 4) for label, (method, options) in MIXED.items() if known[method].available
+        for bits in (8, 5, 4) for label, (method, options) in MIXED.items() if _meant(method, model)
     ]  # fmt: skip
 
 
@@ -100,23 +106,36 @@ def trajectory(model: str) -> list[Case]:
     return [Case(f"{model}: float, {FLOAT}", model=model), *_rows(model, chosen, ((4, 8),))]
 
 
+def balance(model: str) -> list[Case]:
+    """Dynamic inputs with both halves of the balance of channels, with one, and with none."""
+    chosen: dict[str, tuple[str, dict[str, Any]]] = {
+        "ViDiT-Q": ("vidit_q", {}),
+        "ViDiT-Q, scale alone": ("vidit_q", {"rotate": False}),
+        "ViDiT-Q, rotation alone": ("vidit_q", {"scale": False}),
+        "ViDiT-Q, neither": ("vidit_q", {"scale": False, "rotate": False}),
+    }
+    return [Case(f"{model}: float, {FLOAT}", model=model), *_rows(model, chosen, ((8, 8), (4, 8), (4, 4)))]
+
+
 TABLES: dict[str, Callable[[str], list[Case]]] = {
     "widths": widths, "narrow": narrow, "mixed": mixed, "trajectory": trajectory,
+    "balance": balance,
 }  # fmt: skip
 # The demo pipelines that a table is meant for; any other pipeline may be asked too.
 MODELS: dict[str, tuple[str, ...]] = {
-    "widths": ("unet", "text", "dit", "turbo"), "narrow": ("text",), "mixed": ("turbo",),
-    "trajectory": ("unet", "text"),
+    "widths": ("unet", "text", "dit", "turbo"), "narrow": ("text",), "mixed": ("turbo", "dit"),
+    "trajectory": ("unet", "text"), "balance": ("dit",),
 }  # fmt: skip
 TITLES = {
     "widths": "One width for all layers",
     "narrow": "Inputs of 6 bits",
     "mixed": "Widths chosen by layer",
     "trajectory": "What is calibrated on, and how shortcuts are rounded",
+    "balance": "Channels balanced by a scale and a rotation",
 }
 # Model card to its tables.
 CARDS = {
-    "q_diffusion": ("widths", "trajectory"), "mixdq": ("widths", "mixed"), "vidit_q": ("widths",),
+    "q_diffusion": ("widths", "trajectory"), "mixdq": ("widths", "mixed"), "vidit_q": ("widths", "mixed", "balance"),
     "dgq": ("widths", "narrow"),
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ import copy
 import hashlib
 import importlib.util
 import inspect
+import json
 import random
 import subprocess
 import sys
@@ -202,3 +203,20 @@ def zoo() -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def child() -> Callable[..., dict[str, Any]]:
+    """Run code in a new Python; what it leaves in the dict ``out`` comes back. ``autoload=False`` hides hfq from it."""
+
+    def run(code: str, *args: object, autoload: bool = True) -> dict[str, Any]:
+        script = f"import json, sys\nout = {{}}\n{code}\nprint('\\nRESULT ' + json.dumps(out))"
+        env = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(autoload)), "TRANSFORMERS_VERBOSITY": "error"}
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, env=env, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        line = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")][-1]
+        return {**json.loads(line.removeprefix("RESULT ")), "stderr": done.stderr}
+
+    return run

@@ -9,7 +9,7 @@ from typing import Any
 from hfq.allocation.cost import Costs, Scores, checked, fits, resources, total
 from hfq.errors import ConfigError, QuantizationError
 
-__all__ = ["allocate"]
+__all__ = ["allocate", "allocate_within"]
 
 Tables = dict[str, tuple[Costs, float]]
 
@@ -47,6 +47,39 @@ def allocate(
         raise ConfigError(_impossible(solver, tables))
     # The solver accepts violations up to its tolerance; the promise is exact.
     return _repaired(scores, tables, chosen)
+
+
+def allocate_within(
+    scores: Scores, sizes: Mapping[str, float], target: float, tolerance: float = 0.02, *, seconds: float = 60.0
+) -> dict[str, int]:
+    """The allocation of least total score whose mean width is ``target``, up to ``tolerance`` on both sides.
+
+    Args:
+        scores: name → bits → loss.
+        sizes: what a name counts in the mean (weights, or elements of activations).
+        target, tolerance: in bits.
+
+    Raises:
+        ConfigError: no allocation has such a mean; the message has the nearest means that there are.
+    """
+    total_size = sum(sizes[name] for name in scores)
+    costs = {name: {bits: bits * sizes[name] / total_size for bits in row} for name, row in scores.items()}
+    low, high = (sum(pick(row.values()) for row in costs.values()) for pick in (min, max))
+    if not low - tolerance <= target <= high + tolerance:
+        raise ConfigError(f"a mean of {target:.4g} bits: these widths have means from {low:.4g} to {high:.4g}")
+    negative = {name: {bits: -cost for bits, cost in row.items()} for name, row in costs.items()}
+    solver = _Solver(scores, {"most": (costs, target + tolerance), "least": (negative, tolerance - target)}, seconds)
+    chosen, status = solver.least_loss(0.0)
+    if chosen is None:
+        if status != 2:
+            raise QuantizationError(f"the integer program was not solved in {seconds:g} seconds")
+        raise ConfigError(f"no allocation has a mean of {target:.4g} bits up to {tolerance:g}: the layers are too few, "
+                          "or too unlike in size; raise the tolerance, or change the target")
+    mean = total(costs, chosen)
+    if not (fits(mean, target + tolerance) and fits(-mean, tolerance - target)):
+        raise QuantizationError(f"the solver's allocation has a mean of {mean:.6g} bits, beside {target:.6g} by more "
+                                f"than {tolerance:g}: its own tolerance exceeds the one asked for")
+    return chosen
 
 
 class _Solver:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from hfq.calibration import ranks
+from hfq.calibration.capture import forward, quiet
 from hfq.calibration.step import Step, input_rows
 from hfq.errors import DataError
 
-__all__ = ["ColumnMaxima", "Rounding", "watching"]
+__all__ = ["ColumnMaxima", "Rounding", "channel_maxima", "watching"]
 
 Update = Callable[[torch.Tensor], None]
 
@@ -38,6 +39,40 @@ def watching(step: Step, i: int, updates: Mapping[nn.Module, Update]) -> Iterato
         for module, update in updates.items():
             stack.callback(module.register_forward_pre_hook(hook(update), with_kwargs=True).remove)
         yield
+
+
+@torch.no_grad()
+def channel_maxima(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], sites: Sequence[Any]
+) -> dict[str, tuple[torch.Tensor, int]]:
+    """Largest magnitude of every channel of what enters ``sites`` in whole passes of ``model``, over all batches.
+
+    Returns:
+        site name → (float32 ``[K]``, number of rows); sites never reached are missing.
+    """
+    maxima: dict[str, ColumnMaxima] = {}
+    rows: dict[str, int] = {}
+
+    def hook(site: Any) -> Callable[..., None]:
+        def take(_: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            flat = x.detach().reshape(-1, x.shape[-1]).float()
+            maxima.setdefault(site.name, ColumnMaxima()).update(flat)
+            rows[site.name] = rows.get(site.name, 0) + flat.shape[0]
+
+        return take
+
+    with quiet(model), ExitStack() as stack:
+        for site in sites:
+            stack.callback(site.module.register_forward_pre_hook(hook(site), with_kwargs=True).remove)
+        for i in ranks.share(len(batches)):
+            forward(model, batches[i])
+    found = {}
+    for name in sorted({name for names in ranks.gather(sorted(maxima)) for name in names}):
+        top = maxima.get(name, ColumnMaxima()).reduce()
+        assert top is not None
+        found[name] = (top, int(ranks.sum_(torch.tensor([rows.get(name, 0)]))))
+    return found
 
 
 class ColumnMaxima:

@@ -137,6 +137,11 @@ class Plan:
                 return block
         raise QuantizationError(f"no block {name!r} in this model; blocks: {[block.name for block in self.blocks]}")
 
+    def part_of(self, site: Site) -> str:
+        """Name of the child of a block that holds ``site`` (an attention, a perceptron); outside the blocks its own."""
+        around = next((f"{b.name}." for b in self.blocks if site.name.startswith(f"{b.name}.")), "")
+        return around + site.name[len(around) :].partition(".")[0] if around else site.name
+
     def site(self, name: str) -> Site:
         """The site called ``name``, also if it stays float."""
         for site in self.every_site:

@@ -68,8 +68,9 @@ def linear_int(
     x2 = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if not x2.shape[0]:
         return x.new_empty(*shape[:-1], runtime.out_features)
-    if before is None and spec.dynamic and not spec.factor and not x.is_inference():
-        y = _run_shared(x, x2, runtime, bias, spec)
+    mark = b"" if before is None else getattr(before, "signature", lambda: None)()
+    if mark is not None and spec.dynamic and not spec.factor and not x.is_inference():
+        y = _run_shared(x, x2, runtime, bias, spec, before, mark)
     else:
         y = _run(x2, runtime, bias, spec, params, factor, before)
     return y if len(shape) == 2 else y.view(*shape[:-1], runtime.out_features)
@@ -95,19 +96,24 @@ _local = threading.local()
 
 
 def _run_shared(
-    x: torch.Tensor, x2: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None, spec: ActivationSpec
+    x: torch.Tensor, x2: torch.Tensor, runtime: Runtime, bias: torch.Tensor | None, spec: ActivationSpec,
+    before: Callable[[torch.Tensor], torch.Tensor] | None, mark: bytes,
 ) -> torch.Tensor:
-    """:func:`_run`; codes of the tensor that was multiplied last are taken again (query, key and value read one)."""
+    """:func:`_run`; codes of the tensor that was multiplied last are taken again (query, key and value read one).
+
+    ``mark`` says what ``before`` computes: functions of one mark are the same.
+    """
     name = _backend(runtime, x2.shape[0], x.dtype, x.device.type, spec)
     if ("wnan_codes", name) not in dispatch.BACKENDS:
-        return _run(x2, runtime, bias, spec, None, None)
+        return _run(x2, runtime, bias, spec, None, None, before)
     kept = getattr(_local, "kept", None)
-    if kept is not None and kept[0]() is x and kept[1] == x._version and kept[2] == spec:
-        codes = kept[3]
+    if kept is not None and kept[0]() is x and kept[1:4] == (x._version, spec, mark):
+        codes = kept[4]
     else:
-        codes = producers.quantize_rows(x2, spec)
+        codes = (producers.quantize_rows(x2, spec) if before is None
+                 else producers.hadamard_quant(x2, before, spec))  # fmt: skip
         # They live as long as their tensor. Writing to it, by any view, changes its version.
-        _local.kept = (weakref.ref(x, _forget), x._version, spec, codes)
+        _local.kept = (weakref.ref(x, _forget), x._version, spec, mark, codes)
     return dispatch.BACKENDS["wnan_codes", name](codes, runtime, bias, x.dtype)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hfq.errors import KernelError
 from hfq.formats import ActivationCodes, ActivationSpec, activation
 from hfq.kernels.workspace import scratch
 
@@ -82,8 +83,12 @@ def norm_quant(
 
     Args:
         weight, bias: gain and bias of the norm, ``[K]``.
-        scale, shift: modulation of an adaptive norm, ``[K]``.
+        scale, shift: modulation of an adaptive norm, ``[K]``; or ``[images, K]``, where the rows of ``x`` are those of
+            so many images, one after the other and equally many each.
     """
+    if any(t is not None and t.dim() == 2 for t in (scale, shift)):
+        return _by_images(lambda part, one, other: norm_quant(part, weight, bias, eps, spec, params, mean=mean,
+                                                              scale=one, shift=other, fused=fused), x, scale, shift)
     made = _on_device("norm", fused, x, spec, params, weight=weight, bias=bias, eps=eps, mean=mean, scale=scale,
                       shift=shift)
     if made is not None:
@@ -102,6 +107,22 @@ def norm_quant(
         return y if shift is None else y + shift.to(y.dtype)
 
     return _rows(x, apply, spec, params, None, fused)
+
+
+def _by_images(
+    make: Callable[..., ActivationCodes], x: torch.Tensor, *vectors: torch.Tensor | None
+) -> ActivationCodes:
+    """Codes of ``x`` ``[images * tokens, K]``, each image with vectors of its own (``[images, K]``)."""
+    images = next(t.shape[0] for t in vectors if t is not None)
+    if x.shape[0] % images:
+        raise KernelError(f"{x.shape[0]} rows are no whole number for each of {images} images")
+    parts = zip(x.chunk(images), *([None] * images if t is None else t for t in vectors), strict=True)
+    made = [make(*part) for part in parts]
+    codes, first = torch.cat([one.codes for one in made]), made[0]
+    if first.spec.granularity == "tensor":
+        return ActivationCodes(codes, first.scale, first.zero_point, first.spec)
+    zero = None if first.zero_point is None else torch.cat([one.zero_point for one in made])
+    return ActivationCodes(codes, torch.cat([one.scale for one in made]), zero, first.spec)
 
 
 def act_quant(

@@ -92,6 +92,9 @@ class JointRange(OnlinePart):
             codes = codes.clamp(-self.max_code, self.max_code)
         return (codes * step).to(x.dtype).view(x.shape)
 
+    def signature(self) -> None:  # ranges of a call depend on which of its rows count
+        return None
+
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.columns is None else (y * self.columns.to(y.dtype)).to(y.dtype)
 

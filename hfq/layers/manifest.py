@@ -15,7 +15,7 @@ __all__ = ["VERSION", "entries", "fields", "locate", "parts", "size", "spec_of"]
 VERSION = 1
 # Lists of the manifest besides the rotations; each entry names its module.
 _LISTS = {"rotations": "rotation", "attention": "attention", "attached": "attached matrix",
-          "folded": "folded norm"}  # fmt: skip
+          "folded": "folded norm", "switched": "schedule of widths"}  # fmt: skip
 
 # No tensor dimension of any model is near this; a larger one is damage or malice, and must not reach an allocation.
 _LARGEST = 1 << 31

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -21,10 +22,26 @@ class OnlinePart(nn.Module):
     """
 
     n: int
+    _signed: tuple[list[torch.Tensor], list[int], bytes] | None = None
 
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
         """The ``x`` with ``forward(x) == y``."""
         raise NotImplementedError
+
+    def signature(self) -> bytes | None:
+        """A digest of what the part computes: two parts of one digest give the same result for the same tensor, so
+        that layers which read one tensor quantize it once. ``None`` where changes of the tensors cannot be noticed."""
+        tensors = list(self.parameters())
+        if any(t.is_inference() or t.is_meta for t in tensors):
+            return None
+        versions, known = [t._version for t in tensors], self._signed
+        if known is not None and known[1] == versions and all(a is b for a, b in zip(known[0], tensors, strict=True)):
+            return known[2]
+        digest = hashlib.sha256(repr((type(self).__name__, self.describe())).encode())
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        self._signed = (tensors, versions, digest.digest())
+        return self._signed[2]
 
     def fold(self, weight: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

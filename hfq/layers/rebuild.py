@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
-from hfq.layers import attached, attention, integer_build, products, rounded
+from hfq.layers import attached, attention, integer_build, products, rounded, switched
 from hfq.layers import folded as norms
 from hfq.layers import manifest as record
 from hfq.layers import online as streams
@@ -33,7 +33,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     if whole is not None:
         return {"version": record.VERSION, "layers": {}, "rotations": [], "integer": whole}
     lists = {"attention": attention.describe(model), "attached": attached.attached(model) + rounded.describe(model),
-             "folded": norms.describe(model)}  # fmt: skip
+             "folded": norms.describe(model), "switched": switched.describe(model)}  # fmt: skip
     return {
         "version": record.VERSION,
         "layers": {name: module.describe() for name, module in packed_modules(model).items()},
@@ -57,6 +57,7 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
     layers, rotations = record.entries(manifest)
     if manifest.get("integer") is not None:
         integer_build.build(model, manifest["integer"])
+    _switched(model, manifest, layers)
     todo: list[tuple[str, Callable[[], nn.Module]]] = []
     for name, entry in layers.items():
         place = record.locate(model, name, layers)
@@ -94,6 +95,17 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
         else:
             attached.put(model, place, found)
     return [place for place, _ in todo]
+
+
+def _switched(model: nn.Module, manifest: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
+    """A copy of the float layer for every width, where the width follows the timestep; they are then packed by name."""
+    made = []
+    for entry in record.parts(manifest, "switched"):
+        place = record.locate(model, entry["module"], layers)
+        if place is not None and (found := switched.empty_switched(model, entry, place)) is not None:
+            made.append((place, *found))
+    for place, schedule, edges in made:
+        switched.install(model, place, schedule, edges)
 
 
 def _turns(

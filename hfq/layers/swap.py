@@ -12,7 +12,7 @@ from torch import nn
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.formats import ActivationSpec, Codes, affine
 from hfq.formats.activation import Parameters
-from hfq.layers import folded, rounded
+from hfq.layers import folded, rounded, switched
 from hfq.layers.attached import AttachedPart, Rectifier
 from hfq.layers.conv import SecondHalf
 from hfq.layers.deferred import Deferred
@@ -307,8 +307,8 @@ def check(model: nn.Module) -> None:
 def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Replace every packed layer by its float module, online transforms folded back into the weight.
 
-    Rounded inputs of norms and blocks go as well. Stream rotations stay: the weights in between are rotated, and the
-    model's function needs both.
+    Rounded inputs of norms and blocks go as well; of a layer with several widths the widest is left. Stream rotations
+    stay: the weights in between are rotated, and the model's function needs both.
 
     Args:
         dtype: of the float weights; default the layers' ``compute_dtype``.
@@ -319,6 +319,7 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> li
     if getattr(model, "hfq_integer", None) is not None:
         raise QuantizationError(f"{type(model).__name__} is an integer-only decoder: it computes with integers from "
                                 "the ids to the logits and has no float form; load the float model instead")
+    switched.collapse(model)
     found = packed_modules(model)
     for name, module in found.items():
         model.set_submodule(name, to_float(module, dtype).train(module.training))

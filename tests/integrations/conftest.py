@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,20 +97,3 @@ def packed(floats: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
         return made[name]
 
     return get
-
-
-@pytest.fixture(scope="session")
-def child() -> Callable[..., dict[str, Any]]:
-    """Run code in a new Python; what it leaves in the dict ``out`` comes back. ``autoload=False`` hides hfq from it."""
-
-    def run(code: str, *args: object, autoload: bool = True) -> dict[str, Any]:
-        script = f"import json, sys\nout = {{}}\n{code}\nprint('\\nRESULT ' + json.dumps(out))"
-        env = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(autoload)), "TRANSFORMERS_VERBOSITY": "error"}
-        done = subprocess.run(
-            [sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, env=env, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        line = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")][-1]
-        return {**json.loads(line.removeprefix("RESULT ")), "stderr": done.stderr}
-
-    return run

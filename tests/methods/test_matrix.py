@@ -62,6 +62,9 @@ INTEGER_ONLY = {"i_llm"}
 CONVOLUTIONAL = {"cfws"}
 # Made for vision transformers: their rows are in test_matrix_vision.py.
 VISION = {"repquant", "noisyquant"}
+# Made for diffusion models: their rows are in test_matrix_diffusion.py, or in a method's own file where they quantize
+# transformers only.
+DIFFUSION = {"vidit_q"}
 # Leaves weights alone; every method can carry it.
 CACHES = {"kvquant"}
 COMMON = {"group_size": 32, "calibration_samples": 12, "calibration_seqlen": 16, "progress": False}
@@ -103,7 +106,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_every_available_method_has_a_row() -> None:
     available = {slug for slug, method in hfq.methods().items() if method.available}
-    assert set(ROWS) | INTEGER_ONLY | CACHES | CONVOLUTIONAL | VISION == available
+    assert set(ROWS) | INTEGER_ONLY | CACHES | CONVOLUTIONAL | VISION | DIFFUSION == available
 
 
 @pytest.mark.parametrize("slug", ROWS)
