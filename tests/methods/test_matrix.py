@@ -60,11 +60,11 @@ CALIBRATED = [slug for slug in ROWS if slug != "rtn"]
 INTEGER_ONLY = {"i_llm"}
 # Has nothing to do for a language model, and says so; its own file holds these checks for convolutions.
 CONVOLUTIONAL = {"cfws"}
-# Made for vision transformers: their rows are in test_matrix_vision.py.
-VISION = {"repquant", "noisyquant"}
+# Made for images: their rows are in test_matrix_vision.py, or in a method's own file.
+VISION = {"repquant", "noisyquant", "aphq_vit", "lrp_qvit", "mptq_vit", "adaquant"}
 # Made for diffusion models: their rows are in test_matrix_diffusion.py, or in a method's own file where they quantize
 # transformers only.
-DIFFUSION = {"vidit_q"}
+DIFFUSION = {"q_diffusion", "vidit_q"}
 # Leaves weights alone; every method can carry it.
 CACHES = {"kvquant"}
 COMMON = {"group_size": 32, "calibration_samples": 12, "calibration_seqlen": 16, "progress": False}

@@ -94,7 +94,8 @@ def test_dequantized_to_the_widest():
     wide = model(x, 40)
     swap.dequantize_modules(model)
     assert type(model.inner) is nn.Linear and not model._forward_pre_hooks
-    torch.testing.assert_close(model(x, None), wide)
+    # The fastest product of eight bits rounds inputs on its own.
+    torch.testing.assert_close(model(x, None), wide, rtol=0, atol=1e-2)
 
 
 def test_no_packed_layer_for_it():
