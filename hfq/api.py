@@ -94,6 +94,8 @@ def quantize(model: nn.Module, config: HfqConfig, data: Any = None) -> Report:
         QuantizationError: a module could not be done and ``allow_partial`` is off. The model is then partly
             quantized: load it again before another try.
     """
+    from hfq.layers import swap
+
     config.validate()
     _check_model(model, config)
     started, memory = time.perf_counter(), PeakMemory()
@@ -112,6 +114,7 @@ def quantize(model: nn.Module, config: HfqConfig, data: Any = None) -> Report:
     finally:
         config._environment = None
     _check_report(report, asked.names, config)
+    swap.keep_dtype(model)
     prepare(model, config)
     report.totals |= {
         "seconds": round(time.perf_counter() - started, 3),

@@ -273,6 +273,8 @@ class Pass(TorchFunctionMode):
             where = self.stack[-1][0] if self.stack else ""
             raise QuantizationError(f"{where}: relevance has no rule for {name!r} of two tensors that depend on the "
                                     "input")
+        if kwargs.get("inplace") or any(arg is True for arg in args):  # rules need the number as it was
+            args = tuple(t.clone() if t is live[0] else t for t in args)
         return self._given(lambda: func(*args, **kwargs), lambda r, x: (rules.through(r, x),), live[0])
 
     def _average(self, name: str, func: Any, args: Any, kwargs: Any, live: Any) -> torch.Tensor:

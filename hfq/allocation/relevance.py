@@ -69,11 +69,12 @@ def propagate(
     """
     if score not in SCORES or dtype not in (torch.float32, torch.float64):
         raise ConfigError(f"score={score!r}, dtype={dtype}: one of {SCORES}, float32 or float64")
-    inputs = {k: v.detach().to(dtype).requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-              for k, v in capture.to_device(dict(batch), capture.device_of(model)).items()}  # fmt: skip
-    images = next((v.shape[0] for v in inputs.values() if isinstance(v, torch.Tensor)), 0)
+    images = _count(batch)
     if not images:
         raise DataError("the batch holds no image: relevance has nothing to start from")
+    inputs = capture.arguments(model, {
+        k: v.detach().to(dtype).requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in batch.items()})  # fmt: skip
     found = Relevance()
     outputs: dict[str, list[torch.Tensor]] = {}
     with capture.quiet(model), _computing(model, dtype):
@@ -172,11 +173,12 @@ def _on_relevance(tensor: torch.Tensor, function: Callable[[torch.Tensor], Any])
     tensor.register_hook(hook)
 
 
-def _run(under: Pass, inputs: Mapping[str, Any], targets: torch.Tensor | None) -> None:
+def _run(under: Pass, inputs: capture.Tree, targets: torch.Tensor | None) -> None:
     """One pass forward, and one back from the seeds."""
+    args, kwargs = inputs
     with torch.enable_grad():
         with under.hooked(), under:
-            output = under.model(**inputs)
+            output = under.model(*args, **kwargs)
         tensors, seeds = _seeds(output, targets, under.images)
         torch.autograd.backward(tensors, seeds)
 
@@ -203,7 +205,7 @@ def _seeds(output: Any, targets: torch.Tensor | None, images: int) -> tuple[list
 
 
 def _gradients(
-    model: nn.Module, inputs: Mapping[str, Any], images: int, targets: torch.Tensor | None
+    model: nn.Module, inputs: capture.Tree, images: int, targets: torch.Tensor | None
 ) -> dict[str, list[torch.Tensor]]:
     """Gradients of the logits of the classes at every output of a layer, in the order of the calls."""
     found: dict[str, list[torch.Tensor]] = {}

@@ -16,6 +16,7 @@ from hfq.errors import DataError
 
 __all__ = [
     "Stop",
+    "arguments",
     "calls_of",
     "device_of",
     "first_tensor",
@@ -107,19 +108,29 @@ def quiet(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def forward(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """One forward pass without gradients; returns whether it was ended by ``Stop``."""
+def arguments(model: nn.Module, batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How ``model`` is called with ``batch``, on its device: a single entry that its forward does not know by name is
+    given by position.
+
+    Raises:
+        DataError: forward does not take an entry.
+    """
     kwargs = to_device(dict(batch), device_of(model))
     parameters = inspect.signature(model.forward).parameters
     if "use_cache" in parameters:
         kwargs["use_cache"] = False
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     unknown = [key for key in kwargs if key not in parameters]
-    args: tuple[Any, ...] = ()
-    if unknown and not open_ended:
-        if len(kwargs) > 1:
-            raise DataError(f"the model's forward does not take {sorted(unknown)}; it takes {sorted(parameters)}")
-        args, kwargs = tuple(kwargs.values()), {}
+    if not unknown or open_ended:
+        return (), kwargs
+    if len(kwargs) > 1:
+        raise DataError(f"the model's forward does not take {sorted(unknown)}; it takes {sorted(parameters)}")
+    return tuple(kwargs.values()), {}
+
+
+def forward(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """One forward pass without gradients; returns whether it was ended by ``Stop``."""
+    args, kwargs = arguments(model, batch)
     try:
         with torch.no_grad():
             model(*args, **kwargs)

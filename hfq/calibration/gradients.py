@@ -35,7 +35,8 @@ def logits_of(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     Raises:
         DataError: the model gives none.
     """
-    output = model(**capture.to_device(dict(batch), capture.device_of(model)))
+    args, kwargs = capture.arguments(model, batch)
+    output = model(*args, **kwargs)
     logits = getattr(output, "logits", output)
     logits = logits[0] if isinstance(logits, (tuple, list)) else logits
     if not isinstance(logits, torch.Tensor) or logits.ndim not in (2, 3):
@@ -73,6 +74,8 @@ def collect(
     Raises:
         QuantizationError: the data never reaches a site.
     """
+    if not sites:
+        return {}
     samples: dict[str, RowSample] = {}
     elements: dict[str, int] = {}
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -85,7 +88,7 @@ def collect(
             out = out if out.requires_grad else out.detach().requires_grad_()  # the first ones of the model
             out.retain_grad()
             seen.setdefault(name, []).append((x.detach(), out))
-            return out
+            return out.clone()  # what follows may change it in place
 
         return after
 

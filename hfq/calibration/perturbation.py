@@ -132,7 +132,8 @@ class Probe:
             x = next(t for p, t in leaves(output) if p == path).detach()
             step = self.delta * float(x.double().square().mean().sqrt()) if self.relative else self.delta
             moved.append((x + side * step * self._direction(x)).requires_grad_())
-            return rebuild(output, lambda p, t: moved[-1] if p == path else t)
+            # A copy: what follows may change it in place.
+            return rebuild(output, lambda p, t: moved[-1].clone() if p == path else t)
 
         wanted = self._output(number)
         handle = module.register_forward_hook(move)

@@ -44,6 +44,11 @@ class OneWeight(PackedModule):
         # In front of the scales: libraries take the dtype of a model's first floating parameter for that of the model.
         self._parameters.update({name: self._parameters.pop(name) for name in list(self._parameters) if name != "bias"})
 
+    def add_bias(self) -> None:
+        """Give a layer without a bias one of zeros."""
+        if self._parameters.get("bias") is None:
+            self._take_bias(torch.zeros(self.slots["weight"].rows, dtype=self.compute_dtype, device=self.device), None)
+
     def _arriving(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` in the dtype of the product: that of an autocast region, else at least ``compute_dtype``.
 

@@ -16,12 +16,14 @@ from hfq.layers import folded, rounded, switched
 from hfq.layers.attached import AttachedPart, Rectifier
 from hfq.layers.conv import SecondHalf
 from hfq.layers.deferred import Deferred
+from hfq.layers.embedding import QEmbedding
 from hfq.layers.experts import is_transposed, pack_experts
 from hfq.layers.inputs import InputSpec, check_input, input_shapes, join
 from hfq.layers.integer import IntegerModule
 from hfq.layers.integer_build import check as check_integer
 from hfq.layers.kinds import empty, kind_of, matrix_of, to_float
 from hfq.layers.kv_cache import CacheQuant
+from hfq.layers.one_weight import OneWeight
 from hfq.layers.online import ChannelScale, OnlinePart, StreamRotation
 from hfq.layers.packed import Memory, PackedModule, check_slot
 from hfq.layers.products import AttentionProducts
@@ -31,8 +33,8 @@ from hfq.memory import give_back
 from hfq.report import Report, Row
 
 __all__ = [
-    "build_empty", "check", "check_codes", "dequantize_modules", "describe", "freeze", "kernel_of", "kind_of",
-    "packed_modules", "prepare", "swap", "swap_experts",
+    "build_empty", "check", "check_codes", "dequantize_modules", "describe", "freeze", "keep_dtype", "kernel_of",
+    "kind_of", "packed_modules", "prepare", "swap", "swap_experts",
 ]  # fmt: skip
 
 _OWN_TENSORS = (PackedModule, StreamRotation, OnlinePart, AttachedPart, CacheQuant, IntegerModule, AttentionProducts)
@@ -119,6 +121,19 @@ def swap(
             extra=_extra(extra, activation),
         ))  # fmt: skip
     return new
+
+
+def keep_dtype(model: nn.Module) -> None:
+    """Give the first packed layer a bias of zeros, if its scales would be the first floating tensor of ``model``.
+
+    Libraries take the dtype of that tensor for the model's: a checkpoint would say so, and its float layers would be
+    loaded in the dtype of scales.
+    """
+    first = next(((name, p) for name, p in model.named_parameters() if p.is_floating_point()), None)
+    if first is not None:
+        layer = model.get_submodule(first[0].rpartition(".")[0])
+        if isinstance(layer, OneWeight) and not isinstance(layer, QEmbedding) and first[1].dtype != layer.compute_dtype:
+            layer.add_bias()
 
 
 def swap_experts(

@@ -9,11 +9,19 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    ResNetConfig,
+    ResNetForImageClassification,
+    pipeline,
+)
 
 import hfq
 from hfq.config import HfqConfig
 from hfq.integrations.guard import PackedRename
+from hfq.layers.conv import QConv2d
 
 DISK = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "disk", "model.layers.1": "disk",
         "model.norm": "cpu", "lm_head": "cpu"}
@@ -312,3 +320,18 @@ def test_packed_embedding_keeps_the_dtype_of_the_model(tmp_path):
         ids = torch.arange(12)[None]
         assert again.dtype == again.lm_head.weight.dtype == dtype
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_packed_first_convolution_keeps_the_dtype_of_the_model(tmp_path):
+    """A convolution in front of a normalisation has no bias: its scales would be the model's first floating tensor."""
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic", "num_labels": 3}
+    x = torch.randn(2, 3, 32, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = ResNetForImageClassification(ResNetConfig(**sizes)).to(dtype).eval()
+        hfq.quantize(model, hfq.RTNConfig(bits=4, group_size=-1, progress=False))
+        assert isinstance(model.resnet.embedder.embedder.convolution, QConv2d) and model.dtype == dtype
+        model.save_pretrained(tmp_path / str(dtype))
+        again = ResNetForImageClassification.from_pretrained(tmp_path / str(dtype)).eval()
+        assert again.dtype == again.classifier[1].weight.dtype == dtype
+        assert torch.equal(again(x.to(dtype)).logits, model(x.to(dtype)).logits)
