@@ -32,7 +32,6 @@ __all__ = ["CARDS", "MODELS", "PROTOCOL", "TABLES", "TITLES", "cases", "grids", 
 COUNT = 500  # pictures a row
 SEED = 10_000  # of the drawn pictures; calibration has others
 SHOWN = 10  # of them, in a grid
-FLOAT = "–"  # the width of the float model in the name of a row
 PROTOCOL = (
     f"{COUNT} pictures from fixed seeds, float32, steps and guidance as the model's recipe says; FID and KID in the "
     "features of the digit classifier, against 2,000 pictures of held-out digits; digits as asked: share that the "
@@ -69,6 +68,10 @@ def _meant(method: str, model: str) -> bool:
     return known[method].available and (model not in RECIPES or model in ONLY.get(method, RECIPES))
 
 
+def _float(model: str) -> Case:
+    return Case(f"{model}: float, {bench_rows.FLOAT}", model=model)
+
+
 def _rows(model: str, chosen: Mapping[str, tuple[str, dict[str, Any]]], widths: Iterable[tuple[int, int]]
           ) -> list[Case]:
     return [
@@ -80,12 +83,12 @@ def _rows(model: str, chosen: Mapping[str, tuple[str, dict[str, Any]]], widths: 
 
 def widths(model: str) -> list[Case]:
     """Every method at every width against round to nearest with two observers."""
-    return [Case(f"{model}: float, {FLOAT}", model=model), *_rows(model, {**BASELINES, **METHODS}, WIDTHS)]
+    return [_float(model), *_rows(model, {**BASELINES, **METHODS}, WIDTHS)]
 
 
 def narrow(model: str) -> list[Case]:
     """Inputs of 6 bits."""
-    return [Case(f"{model}: float, {FLOAT}", model=model), *_rows(model, {**BASELINES, **METHODS}, ((4, 6),))]
+    return [_float(model), *_rows(model, {**BASELINES, **METHODS}, ((4, 6),))]
 
 
 def mixed(model: str) -> list[Case]:
@@ -103,7 +106,7 @@ def trajectory(model: str) -> list[Case]:
         "Q-Diffusion, one grid a shortcut": ("q_diffusion", {**LEARN, "split_shortcut": False}),
         "Q-Diffusion, first timestep alone": ("q_diffusion", {**LEARN, "record": {"steps": 1, "samples": 200}}),
     }
-    return [Case(f"{model}: float, {FLOAT}", model=model), *_rows(model, chosen, ((4, 8),))]
+    return [_float(model), *_rows(model, chosen, ((4, 8),))]
 
 
 def balance(model: str) -> list[Case]:
@@ -114,7 +117,7 @@ def balance(model: str) -> list[Case]:
         "ViDiT-Q, rotation alone": ("vidit_q", {"scale": False}),
         "ViDiT-Q, neither": ("vidit_q", {"scale": False, "rotate": False}),
     }
-    return [Case(f"{model}: float, {FLOAT}", model=model), *_rows(model, chosen, ((8, 8), (4, 8), (4, 4)))]
+    return [_float(model), *_rows(model, chosen, ((8, 8), (4, 8), (4, 4)))]
 
 
 TABLES: dict[str, Callable[[str], list[Case]]] = {
@@ -248,7 +251,7 @@ def grids(rows: Sequence[Mapping[str, Any]], output: Path) -> list[Path]:
             groups.setdefault(model, {}).setdefault(width, {})[label] = Image.open(path)
     found = []
     for model, widths in groups.items():
-        plain = widths.pop(FLOAT, {})
+        plain = widths.pop(bench_rows.FLOAT, {})
         for width, strips in (widths or {"float": {}}).items():
             name = re.sub(r"[^\w.]+", "-", f"{Path(model).name}-{width}")
             found.append(plots.strips({**plain, **strips}, output.with_name(f"{name}.png")))

@@ -21,7 +21,9 @@ from hfq.errors import ConfigError, HfqError, QuantizationError
 from hfq.integrations.bench_tables import Case
 from hfq.integrations.results import markdown
 
-__all__ = ["child", "chosen", "pivot", "quantized_row", "read", "run", "table"]
+__all__ = ["FLOAT", "child", "chosen", "pivot", "quantized_row", "read", "run", "table"]
+
+FLOAT = "–"  # the width of the float model in the name of a row
 
 
 def chosen(tables: Mapping[str, Callable[[str], list[Case]]], model: str, names: Sequence[str]) -> list[Case]:
@@ -102,14 +104,17 @@ def table(rows: Sequence[Mapping[str, Any]], protocol: str) -> str:
 
 
 def pivot(rows: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], str]) -> str:
-    """One line a method, one column a model and width: rows are called "model: method, width"."""
+    """One line a method, one column a model and width: rows are called "model: method, width".
+
+    The float model's own column is called like the model.
+    """
     cells: dict[tuple[str, str], str] = {}
     columns: list[str] = []
     labels: list[str] = []
     for row in rows:
         model, _, rest = row["name"].partition(": ")
         label, _, width = rest.rpartition(", ")
-        column = f"{model} {width}"
+        column = model if width == FLOAT else f"{model} {width}"
         cells[label, column] = cell(row)
         columns += [column] if column not in columns else []
         labels += [label] if label not in labels else []

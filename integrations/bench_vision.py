@@ -31,7 +31,6 @@ PROTOCOL = (
     "powers of two (RepVGG: a twin channel) unless a row says plain"
 )
 WIDTHS = (8, 6, 4, 3)
-FLOAT = "–"  # the width of the float model in the name of a row
 CALIBRATION = {"calibration_samples": 128, "calibration_batch_size": 16}
 # Searches of the published length would take hours on this many layers; the second pass refines around the best.
 SEARCH = {"clip_search_steps": 200, "noise_steps": 200, "mean_steps": 50, "coarse": 20, "search_rows": 1024}
@@ -86,7 +85,7 @@ def _widths(model: str, chosen: Mapping[str, tuple[str, dict[str, Any]]], widths
 
 
 def _float(model: str) -> Case:
-    return Case(f"{model}: float, {FLOAT}", model=model, rescaled=model in RECIPES)
+    return Case(f"{model}: float, {bench_rows.FLOAT}", model=model, rescaled=model in RECIPES)
 
 
 def widths(model: str) -> list[Case]:
