@@ -93,7 +93,7 @@ def narrow(model: str) -> list[Case]:
 
 def mixed(model: str) -> list[Case]:
     """Widths chosen by layer at a mean of 8, 5 and 4 bits, inputs of 8 bits."""
-    return [
+    return [_float(model)] + [
         Case(f"{model}: {label}, mixed {bits}", method, options(bits), model=model)
         for bits in (8, 5, 4) for label, (method, options) in MIXED.items() if _meant(method, model)
     ]  # fmt: skip
