@@ -179,8 +179,12 @@ def _exponent(x: torch.Tensor, scale: torch.Tensor | float, spec: LogSpec) -> tu
     """``x / scale`` and its exponent before rounding; elements under the smallest magnitude count as half of it."""
     working = torch.promote_types(x.dtype, torch.float32)
     ratio = x.to(working) / torch.as_tensor(scale).to(x.device, working)
-    floor = 2.0 ** -(spec.last / spec.steps + 2)
-    return ratio, -spec.steps * torch.log2(ratio.clamp(min=floor))
+    least = spec.last / spec.steps + 2
+    floor = max(2.0**-least, torch.finfo(working).tiny)
+    exponent = -spec.steps * torch.log2(ratio.clamp(min=floor))
+    if 2.0**-least < floor:  # magnitudes that this dtype does not have: no logarithm of zero is to be taken
+        exponent = torch.where(ratio < floor, least * spec.steps, exponent)
+    return ratio, exponent
 
 
 def _not_negative(x: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 CHILD = "hfq_matrix"
-_SAME_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class AttachedPart(nn.Module):

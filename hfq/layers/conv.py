@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch.nn import functional as F
 from hfq.errors import QuantizationError
 from hfq.formats import ActivationSpec, Codes, QuantSpec
 from hfq.formats.activation import Parameters
-from hfq.kernels import PackedWeight, Runtime, conv, dispatch
+from hfq.kernels import PackedWeight, Runtime, conv, dispatch, grouped
 from hfq.kernels.conv import Operand
 from hfq.kernels.geometry import Geometry
+from hfq.layers.banks import InputBanks
 from hfq.layers.deferred import Deferred
 from hfq.layers.inputs import describe_input
 from hfq.layers.one_weight import OneWeight
@@ -76,6 +78,8 @@ class QConv2d(OneWeight):
     With ``coarse``, ``W`` is the sum of two packed weights over one input: the whole kernel (slot "weight") and its
     central taps (slot "coarse"), each with scales of its own. With ``cut``, the input channels before it and the
     others (slot "second") have grids of their own, weights and inputs alike: two sums, each scaled, and the bias once.
+
+    Inputs in groups are those of the unfolded input: columns are (channel, tap) pairs, rows output positions.
 
     Args:
         module: the float convolution, for its sizes and its padding; its tensors are not kept.
@@ -141,9 +145,9 @@ class QConv2d(OneWeight):
             return self.forward(x[None])[0]
         if self.online is not None:
             x = self.online(x)
-        if self.padding_mode != "zeros":
-            top, bottom, left, right = self._pads
-            x = F.pad(x, (left, right, top, bottom), mode=_PAD_MODES[self.padding_mode])
+        x = self.padded(x)
+        if self.banks is not None:
+            return self._grouped(x)
         if torch.compiler.is_compiling() and any(r.hidden for held in self._runtimes.values() for r in held):
             return self._eager(x)
         return self._convolved(x)
@@ -164,6 +168,31 @@ class QConv2d(OneWeight):
         if self.cut is None or torch.compiler.is_compiling():
             return super().weight_view(key)
         return Deferred(self.dequantize, self._whole.weight_shape, self.compute_dtype, self.device)
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` ``[B, C, H, W]`` with its border, where that is none of zeros (which kernels make)."""
+        if self.padding_mode == "zeros":
+            return x
+        top, bottom, left, right = self._pads
+        return F.pad(x, (left, right, top, bottom), mode=_PAD_MODES[self.padding_mode])
+
+    @property
+    def place(self) -> Geometry:
+        """Where the taps of the weight lie over the input with its border."""
+        return self._places["weight"]
+
+    @torch._dynamo.disable  # which bank is in use is known to Python alone
+    def _grouped(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.banks is not None
+        place = self._places["weight"]
+        self.banks.seen(math.prod(place.output(x.shape, self.label)[2:]))
+        return grouped.conv2d(x, place, self.banks.bank(), self.operand("weight"), self.bias)
+
+    def group_inputs(self, part: InputBanks) -> None:
+        if self._places["weight"].groups != 1:
+            raise QuantizationError(f"{self.label or 'a convolution'}: channels in {self.groups} groups, and inputs in "
+                                    "groups are for plain convolutions")
+        super().group_inputs(part)
 
     def operands(self) -> list[Operand]:
         """What a kernel convolves with, one for each slot."""
@@ -190,11 +219,15 @@ class QConv2d(OneWeight):
         return whole.to(dtype or self.compute_dtype)
 
     def runtime_of(self, one: PackedWeight, key: str, memory: Memory) -> Runtime:
+        if self.banks is not None:  # a product of the unfolded input
+            return super().runtime_of(one, key, memory)
         options: dict[str, Any] = {"memory": memory, "activation": self.activation}
         return conv.prepare(one, self._places[key], dtype=self.compute_dtype, **options)
 
     def explain(self, M: int = 1, dtype: torch.dtype | None = None) -> list[dispatch.Choice]:
         """Which backend serves ``M`` output positions, and why no other does."""
+        if self.banks is not None:
+            return super().explain(M, dtype)
         return conv.explain(self.operands()[0], M, dtype or self.compute_dtype, self.activation)
 
     def describe(self) -> dict[str, Any]:

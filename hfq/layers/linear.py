@@ -10,7 +10,7 @@ from torch import nn
 from hfq import kernels
 from hfq.formats import QuantSpec
 from hfq.formats.twin import TwinSpec
-from hfq.kernels import twin
+from hfq.kernels import grouped, twin
 from hfq.layers.inputs import InputSpec, describe_input
 from hfq.layers.one_weight import OneWeight
 from hfq.layers.online import OnlinePart
@@ -52,6 +52,8 @@ class PackedMatrix(OneWeight):
         """``[..., in_features]`` to ``[..., out_features]``, dtype of ``x`` (of the autocast region
         inside one, and no narrower than ``compute_dtype`` outside)."""
         x = self._arriving(x)
+        if self.banks is not None:
+            return self._grouped(x)
         if self.activation is not None:
             params, factor = self.input_of("weight")
             operand = self.operand("weight")
@@ -61,6 +63,12 @@ class PackedMatrix(OneWeight):
         if self.online is not None:
             x = self.online(x)
         return kernels.linear(x, self.operand("weight"), self.bias)
+
+    @torch._dynamo.disable  # which bank is in use is known to Python alone
+    def _grouped(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.banks is not None
+        self.banks.seen(x.shape[-2] if x.dim() > 1 else 1)
+        return grouped.linear(x, self.banks.bank(), self.operand("weight"), self.bias)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "activation": describe_input(self.activation)}

@@ -32,7 +32,7 @@ def entries(manifest: Any) -> tuple[dict[str, Mapping[str, Any]], list[Mapping[s
     version = manifest.get("version", VERSION)
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise CheckpointError(f"the manifest has version {version!r}; this hfq reads up to {VERSION}: upgrade hfq")
-    unknown = set(manifest) - {"version", "layers", "integer", *_LISTS}
+    unknown = set(manifest) - {"version", "layers", "integer", "noise_levels", *_LISTS}
     if unknown:
         raise CheckpointError(f"the manifest has unknown parts {sorted(unknown)}: it was written by a newer hfq")
     layers = manifest.get("layers", {})

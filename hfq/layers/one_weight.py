@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfq.errors import QuantizationError
 from hfq.formats import QuantSpec
+from hfq.layers.banks import InputBanks
 from hfq.layers.packed import PackedModule
 
 __all__ = ["OneWeight"]
@@ -59,10 +61,28 @@ class OneWeight(PackedModule):
             return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype == torch.float32 else x
         return x.to(self.compute_dtype) if x.dtype.itemsize < self.compute_dtype.itemsize else x
 
+    def group_inputs(self, part: InputBanks) -> None:
+        """Code the input in the groups of ``part`` from now on.
+
+        Raises:
+            QuantizationError: the layer quantizes or transforms its input already, or has more than one weight.
+        """
+        where, slot = self.label or type(self).__name__, self.slots["weight"]
+        if self.activation is not None or self.online is not None or self.banks is not None or len(self.slots) > 1:
+            raise QuantizationError(f"{where}: its input is quantized or transformed already, or in parts")
+        if slot.spec.groups(slot.columns) > 1:
+            raise QuantizationError(f"{where}: inputs in groups need one scale a row of the weight, not {slot.spec}")
+        if part.spec.columns not in (0, slot.columns):
+            raise QuantizationError(f"{where}: groups of {part.spec.columns} columns for {slot.columns}")
+        self.restore()
+        part.label = where
+        self.banks = part.to(self.device)
+
     def describe(self) -> dict[str, Any]:
         slot = self.slots["weight"]
+        groups = {} if self.banks is None else {"groups": self.banks.describe()}
         return {
             "kind": self._kind, "in_features": slot.columns, "out_features": slot.rows,
             "bias": self._parameters.get("bias") is not None, "spec": slot.spec.to_dict(),
-            "online": None if self.online is None else self.online.describe(),
+            "online": None if self.online is None else self.online.describe(), **groups,
         }

@@ -103,6 +103,21 @@ class AttentionProducts(AttentionQuant):
             QuantizationError: the call asks for what these products do not have: a cache, dropout, causal attention
                 without a mask, or an option that changes the scores.
         """
+        scaling = self._scaling(query, mask, options)
+        params = {name: self.range_of(name) for name in self.formats}
+        if self.rounded is not None:
+            out = products.attention_float(query, key, value, mask, scaling, self.formats, params, self.rounded)
+            return out.transpose(1, 2).contiguous(), None
+        needs = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        whole = all(spec is not None for spec in self.formats.values())
+        compute = products.attention_int if whole and not needs else products.attention_float
+        out = compute(query, key, value, mask, scaling, self.formats, params)  # type: ignore[arg-type]
+        return out.transpose(1, 2).contiguous(), None
+
+    def _scaling(
+        self, query: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any] | None
+    ) -> float:
+        """What the scores are multiplied with; refuses what these products do not have."""
         options = dict(options or {})
         unknown = sorted(name for name in _CHANGING & set(options) if options[name] is not None)
         if options.get("is_causal") and query.shape[2] > 1 and mask is None:
@@ -114,16 +129,7 @@ class AttentionProducts(AttentionQuant):
         if unknown:
             raise QuantizationError(f"{self.label}: attention on stored grids has no {', '.join(unknown)}")
         scaling = options.get("scaling")
-        scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        params = {name: self.range_of(name) for name in self.formats}
-        if self.rounded is not None:
-            out = products.attention_float(query, key, value, mask, scaling, self.formats, params, self.rounded)
-            return out.transpose(1, 2).contiguous(), None
-        needs = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        whole = all(spec is not None for spec in self.formats.values())
-        compute = products.attention_int if whole and not needs else products.attention_float
-        out = compute(query, key, value, mask, scaling, self.formats, params)  # type: ignore[arg-type]
-        return out.transpose(1, 2).contiguous(), None
+        return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
 
     def check(self, where: str, error: type[HfqError] = CheckpointError, sides: Sequence[str] | None = None) -> None:
         """Raise ``error`` unless every stored range (of ``sides`` alone, if given) makes sense."""

@@ -8,14 +8,16 @@ from typing import Any
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
-from hfq.layers import attached, attention, integer_build, products, rounded, switched
+from hfq.layers import attached, attention, grouped_attention, integer_build, products, rounded, switched, times
 from hfq.layers import folded as norms
 from hfq.layers import manifest as record
 from hfq.layers import online as streams
+from hfq.layers.banks import empty_banks
 from hfq.layers.conv import geometry_of
 from hfq.layers.experts import pack_experts
 from hfq.layers.inputs import activation_of, online_of
 from hfq.layers.kinds import empty, kind_of, matrix_of
+from hfq.layers.one_weight import OneWeight
 from hfq.layers.packed import PackedModule
 from hfq.layers.slot import Slot
 
@@ -39,6 +41,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "layers": {name: module.describe() for name, module in packed_modules(model).items()},
         "rotations": streams.rotations(model),
         **{kind: found for kind, found in lists.items() if found},
+        **times.describe(model),
     }
 
 
@@ -58,6 +61,8 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
     if manifest.get("integer") is not None:
         integer_build.build(model, manifest["integer"])
     _switched(model, manifest, layers)
+    given = manifest.get("noise_levels")
+    levels = None if given is None else times.from_manifest(model, given)
     todo: list[tuple[str, Callable[[], nn.Module]]] = []
     for name, entry in layers.items():
         place = record.locate(model, name, layers)
@@ -68,18 +73,14 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
             if module.describe() != {"activation": None, **entry} and module.describe() != dict(entry):
                 raise CheckpointError(f"{name} is packed already, and otherwise than the manifest says")
             continue
-        todo.append((place, _builder(name, module, entry)))
+        todo.append((place, _builder(name, module, entry, levels)))
     turns = _turns(model, rotations, layers)
-    attentions: list[tuple[str, attention.AttentionQuant]] = []
-    for entry in record.parts(manifest, "attention"):
-        place = record.locate(model, entry["module"], layers)
-        if place is not None:
-            build_part = products.empty_products if entry.get("form") == "products" else attention.empty_part
-            part = build_part(model.get_submodule(place), entry, entry["module"])
-            attentions += [] if part is None else [(place, part)]
+    attentions = _attentions(model, manifest, layers, levels)
     beside = _beside(model, manifest, layers)
     for place, norm in _folded(model, manifest, layers):
         norms.install(model, place, norm)
+    if levels is not None and times.of(model) is None:
+        times.install(model, levels)
     for place, build in todo:
         new = build()
         assert isinstance(new, PackedModule)
@@ -106,6 +107,25 @@ def _switched(model: nn.Module, manifest: Mapping[str, Any], layers: Mapping[str
             made.append((place, *found))
     for place, schedule, edges in made:
         switched.install(model, place, schedule, edges)
+
+
+def _attentions(
+    model: nn.Module, manifest: Mapping[str, Any], layers: Mapping[str, Any], levels: times.NoiseLevels | None
+) -> list[tuple[str, attention.AttentionQuant]]:
+    """Empty parts of attention modules, with their places."""
+    made = []
+    for entry in record.parts(manifest, "attention"):
+        place = record.locate(model, entry["module"], layers)
+        if place is None:
+            continue
+        module, name = model.get_submodule(place), entry["module"]
+        if entry.get("form") == "grouped":
+            part: attention.AttentionQuant | None = grouped_attention.empty_grouped(module, entry, name, levels)
+        else:
+            build = products.empty_products if entry.get("form") == "products" else attention.empty_part
+            part = build(module, entry, name)
+        made += [] if part is None else [(place, part)]
+    return made
 
 
 def _turns(
@@ -162,8 +182,14 @@ def _widths(block: nn.Module) -> set[int]:
     return found
 
 
-def _builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable[[], nn.Module]:
+def _builder(
+    name: str, module: nn.Module, entry: Mapping[str, Any], levels: times.NoiseLevels | None
+) -> Callable[[], nn.Module]:
     """Check an entry against the module that it is about; a function that builds the empty packed layer."""
+    if "groups" in entry and entry.get("kind") != "experts":
+        banks = empty_banks(entry["groups"], levels, f"{name}.groups", module.weight.device, entry.get("in_features"))  # type: ignore[union-attr]
+        build = _builder(name, module, {key: value for key, value in entry.items() if key != "groups"}, levels)
+        return lambda: _grouped(build(), banks, name)
     kind = entry.get("kind")
     if kind == "experts":
         return _experts_builder(name, module, entry)
@@ -193,6 +219,15 @@ def _builder(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Callable
     if kind == "embedding" and activation is not None:
         raise CheckpointError(f"{name}: an embedding has no inputs to quantize; the manifest says {dict(entry)}")
     return lambda: empty(module, kind, spec, online, bias, device, activation, **parts)
+
+
+def _grouped(layer: nn.Module, banks: Any, name: str) -> nn.Module:
+    assert isinstance(layer, OneWeight)
+    try:
+        layer.group_inputs(banks)
+    except QuantizationError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    return layer
 
 
 def _coarse(name: str, module: nn.Module, entry: Any, activation: Any) -> tuple[tuple[int, int], Any] | None:

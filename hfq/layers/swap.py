@@ -12,7 +12,7 @@ from torch import nn
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.formats import ActivationSpec, Codes, affine
 from hfq.formats.activation import Parameters
-from hfq.layers import folded, rounded, switched
+from hfq.layers import folded, rounded, switched, times
 from hfq.layers.attached import AttachedPart, Rectifier
 from hfq.layers.conv import SecondHalf
 from hfq.layers.deferred import Deferred
@@ -344,4 +344,5 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> li
         warnings.warn(f"{other[0]} (and {len(other) - 1} more) is a ReLU now, for which its linears were fitted: a "
                       "float checkpoint is right only if its config says so (hidden_act)", stacklevel=2)
     rounded.remove(model)
+    times.remove(model)
     return list(found)

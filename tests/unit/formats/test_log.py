@@ -112,3 +112,13 @@ def test_what_cannot_be() -> None:
     assert LogSpec.from_dict(spec.to_dict()) == spec
     with pytest.raises(ConfigError, match="no logarithmic"):
         LogSpec.from_dict({"form": "twin", "bits": 4})
+
+
+def test_zero_below_all_magnitudes_of_the_dtype() -> None:
+    """Eight bits of base 2 reach 2**-255: zero still has the last code, and no NaN in value or gradient."""
+    spec = LogSpec(8, "2", "none")
+    x = torch.tensor([0.0, 1e-40, 0.3, 1.0], requires_grad=True)
+    assert log.encode(x, 1.0, spec).tolist() == [255, 255, 2, 0]
+    value = log.fake(x, torch.tensor(1.0), spec)
+    value.sum().backward()
+    assert torch.isfinite(value).all() and torch.isfinite(x.grad).all() and float(x.grad[0]) == 0

@@ -1,0 +1,103 @@
+"""Attention whose queries, keys and values are in groups by noise level, and whose probabilities have a grid that
+follows the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfq.errors import CheckpointError, ConfigError, HfqError
+from hfq.formats import ActivationSpec, grids
+from hfq.formats.log import LogSpec
+from hfq.kernels import grouped_products
+from hfq.kernels.grouped_products import Probabilities
+from hfq.layers import attention
+from hfq.layers.banks import InputBanks, empty_banks
+from hfq.layers.products import AttentionProducts
+from hfq.layers.times import NoiseLevels
+
+__all__ = ["OPERANDS", "GroupedAttention", "empty_grouped"]
+
+OPERANDS = ("query", "key", "value")
+_FLAGS = ("whole", "start", "renormalise")
+
+
+class GroupedAttention(AttentionProducts):
+    """``softmax(Q K^T * scaling + mask) V`` on codes in groups; the softmax is computed in float32.
+
+    Args:
+        head_dim: width of a head.
+        banks: of "query", "key" and "value"; rows are tokens (with ``how.start``, keys are counted from the second on),
+            columns head dimensions.
+        how: of the probabilities.
+    """
+
+    def __init__(self, head_dim: int, banks: Mapping[str, InputBanks], how: Probabilities) -> None:
+        super().__init__(head_dim)
+        self.how = how
+        for name in OPERANDS:
+            setattr(self, name, banks[name])
+        self.formats = {name: banks[name].spec for name in OPERANDS} | {"probabilities": how.spec}  # type: ignore[assignment]
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+        attend: Callable[..., Any], options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        scaling = self._scaling(query, mask, options)
+        parts: list[InputBanks] = [self._modules[name] for name in OPERANDS]  # type: ignore[misc]
+        banks = (parts[0].bank(), parts[1].bank(), parts[2].bank())
+        for part, x in zip(parts, (query, key[:, :, 1:] if self.how.start else key, value), strict=True):
+            part.label = self.label
+            part.seen(x.shape[2])
+        needs = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        compute = grouped_products.fake if needs else grouped_products.attend
+        out = compute(query, key, value, mask, scaling, banks, self.how)
+        return out.transpose(1, 2).contiguous(), None
+
+    def check(self, where: str, error: type[HfqError] = CheckpointError, sides: Any = None) -> None:
+        for name in OPERANDS:
+            self._modules[name].check(f"{where}.{name}", error)  # type: ignore[union-attr, operator]
+
+    def describe(self) -> dict[str, Any]:
+        sides = {name: self._modules[name].describe() for name in OPERANDS}  # type: ignore[union-attr, operator]
+        spec = self.how.spec
+        coded = None if spec is None else {"form": "uniform", **spec.to_dict()}
+        return {"form": "grouped", "head_dim": self.head_dim, **sides, "probabilities": coded,
+                **{flag: getattr(self.how, flag) for flag in _FLAGS}}  # fmt: skip
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GroupedAttention:
+        return nn.Module._apply(self, fn, recurse)  # type: ignore[return-value]
+
+
+def empty_grouped(
+    module: nn.Module, entry: Mapping[str, Any], name: str, levels: NoiseLevels | None
+) -> GroupedAttention | None:
+    """The empty part that a manifest entry describes; ``None`` if ``module`` has it already.
+
+    Raises:
+        CheckpointError: the entry makes no sense.
+    """
+    known = {"module", "form", "head_dim", "probabilities", *OPERANDS, *_FLAGS}
+    flags = {flag: entry.get(flag) for flag in _FLAGS}
+    plain = all(type(flag) is bool for flag in flags.values())
+    if set(entry) != known or not attention._is_size(entry["head_dim"]) or not plain:
+        raise CheckpointError(f"the attention of {name!r} in the manifest is damaged: {dict(entry)}")
+    present = attention.installed(module)
+    if present is not None:
+        if {"module": entry["module"], **present.describe()} == dict(entry):
+            return None
+        raise CheckpointError(f"{name} has quantized attention already, and otherwise than the manifest says")
+    device, given = next((p.device for p in module.parameters()), None), entry["probabilities"]
+    try:
+        spec = None if given is None else grids.from_dict(given)
+    except (ConfigError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the attention of {name!r} in the manifest cannot be built: {error}") from error
+    if not isinstance(spec, ActivationSpec | LogSpec | None):
+        raise CheckpointError(f"the attention of {name!r} in the manifest: probabilities as {given!r}")
+    banks = {side: empty_banks(entry[side], levels, f"{name}.{side}", device) for side in OPERANDS}
+    if any(part.spec.columns not in (0, entry["head_dim"]) for part in banks.values()):
+        raise CheckpointError(f"the attention of {name!r} in the manifest: groups of other columns than head_dim")
+    return GroupedAttention(entry["head_dim"], banks, Probabilities(spec, **flags))  # type: ignore[arg-type]

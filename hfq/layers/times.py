@@ -1,0 +1,189 @@
+"""The noise level at which a denoiser is called: what its parts are told apart by.
+
+A model that was calibrated level by level has hooks that read the timestep of every call. Its parts ask for the nearest
+level that was calibrated, so that schedulers and numbers of steps may change.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfq.errors import CheckpointError, QuantizationError
+
+__all__ = [
+    "ARGUMENTS", "NoiseLevels", "argument_of", "at", "describe", "from_manifest", "install", "of", "read", "remove",
+    "value_of",
+]  # fmt: skip
+
+# What denoisers call their timestep.
+ARGUMENTS = ("timestep", "timesteps")
+_ATTRIBUTE = "hfq_noise_levels"
+# Timesteps of the models whose calls are running in this thread, the innermost last.
+_RUNNING = threading.local()
+
+
+class NoiseLevels:
+    """Calibrated levels, in the order of the banks that belong to them.
+
+    Args:
+        levels: timesteps; one alone serves every call.
+
+    Raises:
+        QuantizationError: none, or one that is no number.
+    """
+
+    def __init__(self, levels: Sequence[float]) -> None:
+        self.levels = tuple(float(level) for level in levels)
+        if not self.levels or not all(map(math.isfinite, self.levels)):
+            raise QuantizationError(f"noise levels {self.levels}: one or more finite numbers are needed")
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def index(self) -> int:
+        """Number of the level nearest to that of the running call.
+
+        Raises:
+            QuantizationError: no call of the whole model is running.
+        """
+        if len(self.levels) == 1:
+            return 0
+        running = getattr(_RUNNING, "values", None)
+        if not running:
+            raise QuantizationError("a part that was calibrated for single noise levels ran outside of its model: call "
+                                    "the model, which is told the timestep")
+        return self.nearest(running[-1])
+
+    def nearest(self, timestep: float) -> int:
+        """Number of the level nearest to a timestep; of two, the first."""
+        return min(range(len(self.levels)), key=lambda i: abs(self.levels[i] - timestep))
+
+    def __repr__(self) -> str:
+        return f"NoiseLevels({len(self)} from {max(self.levels):g} to {min(self.levels):g})"
+
+
+def value_of(timestep: Any) -> float:
+    """The timestep of a call, as a number.
+
+    Raises:
+        QuantizationError: it is none, or samples of the call have different ones.
+    """
+    if isinstance(timestep, torch.Tensor):
+        values = timestep.detach().reshape(-1)
+        if values.numel() > 1 and bool((values != values[0]).any()):
+            raise QuantizationError(f"samples of one call are at different timesteps {values.tolist()[:4]}...: parts "
+                                    "that were calibrated for single noise levels take one a call")
+        timestep = float(values[0]) if values.numel() else math.nan
+    if not isinstance(timestep, (int, float)) or not math.isfinite(timestep):
+        raise QuantizationError(f"timestep={timestep!r}: a finite number is needed")
+    return float(timestep)
+
+
+def argument_of(model: nn.Module) -> tuple[str, int]:
+    """Name and position of the timestep in the forward of ``model``.
+
+    Raises:
+        QuantizationError: it takes none: it is no denoiser.
+    """
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    for name in ARGUMENTS:
+        if name in names:
+            return name, names.index(name)
+    raise QuantizationError(f"{type(model).__name__} takes no timestep ({', '.join(names)}): noise levels are those of "
+                            "denoisers")
+
+
+def read(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    """The timestep of a call of ``model``."""
+    name, position = argument_of(model)
+    if name not in kwargs and len(args) <= position:
+        raise QuantizationError(f"{type(model).__name__} was called without {name}")
+    return value_of(kwargs[name] if name in kwargs else args[position])
+
+
+@contextmanager
+def at(level: float) -> Iterator[None]:
+    """Inside, parts run as in a call at this timestep."""
+    _push(level)
+    try:
+        yield
+    finally:
+        _RUNNING.values.pop()
+
+
+def _push(level: float) -> None:
+    if not hasattr(_RUNNING, "values"):
+        _RUNNING.values = []
+    _RUNNING.values.append(level)
+
+
+def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    _push(read(module, args, kwargs))
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    if getattr(_RUNNING, "values", None):
+        _RUNNING.values.pop()
+
+
+def install(model: nn.Module, levels: NoiseLevels) -> NoiseLevels:
+    """Make every call of ``model`` tell its parts the timestep.
+
+    Raises:
+        QuantizationError: the model takes no timestep, or has levels already.
+    """
+    argument_of(model)
+    if of(model) is not None:
+        raise QuantizationError(f"{type(model).__name__} has noise levels already")
+    model.__dict__[_ATTRIBUTE] = levels
+    model.register_forward_pre_hook(_enter, with_kwargs=True)
+    model.register_forward_hook(_leave, always_call=True)
+    return levels
+
+
+def remove(model: nn.Module) -> None:
+    """Undo :func:`install`."""
+    if model.__dict__.pop(_ATTRIBUTE, None) is None:
+        return
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _enter]:
+        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    for key in [key for key, hook in model._forward_hooks.items() if hook is _leave]:
+        del model._forward_hooks[key]
+        model._forward_hooks_always_called.pop(key, None)
+
+
+def of(model: nn.Module) -> NoiseLevels | None:
+    """The levels of a model, if it has any."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The manifest's part about the model's levels, JSON only; empty without any."""
+    found = of(model)
+    return {} if found is None else {"noise_levels": list(found.levels)}
+
+
+def from_manifest(model: nn.Module, given: Any) -> NoiseLevels:
+    """The levels that a manifest has; not installed yet, unless ``model`` has them already.
+
+    Raises:
+        CheckpointError: they are damaged, or the model has others, or is no denoiser.
+    """
+    if not isinstance(given, list) or any(type(one) not in (int, float) for one in given):
+        raise CheckpointError(f"the noise levels in the manifest are damaged: {given!r}")
+    try:
+        argument_of(model)
+        levels, present = NoiseLevels(given), of(model)
+    except QuantizationError as error:
+        raise CheckpointError(f"the noise levels in the manifest cannot be used: {error}") from error
+    if present is not None and present.levels != levels.levels:
+        raise CheckpointError(f"{type(model).__name__} has noise levels already, and others than the manifest says")
+    return levels if present is None else present
