@@ -47,12 +47,13 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Steps that small pipelines need; published are 20 000 and 5 000 a unit.
 LEARN = {"steps": 400, "activation_steps": 200, "batch_size": 16, "lr": 1e-2}
+LEARN_ONE = {"steps": 400, "batch_size": 16, "lr": 1e-2}
 # Label to method and options; rows of methods that this version of hfq does not have are left out.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "Q-Diffusion": ("q_diffusion", LEARN),
     "MixDQ": ("mixdq", {}),
     "ViDiT-Q": ("vidit_q", {}),
-    "DGQ": ("dgq", {}),
+    "DGQ": ("dgq", LEARN_ONE),
 }
 # Methods that choose widths: label to method and options that give the mean width of weights.
 MIXED: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
@@ -87,8 +88,12 @@ def widths(model: str) -> list[Case]:
 
 
 def narrow(model: str) -> list[Case]:
-    """Inputs of 6 bits."""
-    return [_float(model), *_rows(model, {**BASELINES, **METHODS}, ((4, 6),))]
+    """Inputs of 6 bits; and what groups and attention that follows the prompt do alone."""
+    parts = {
+        "DGQ, one group": ("dgq", {**LEARN_ONE, "groups": 1}),
+        "DGQ, groups alone": ("dgq", {**LEARN_ONE, "softmax": "uniform", "start_token": "never", "time_aware": False}),
+    }
+    return [_float(model), *_rows(model, {**BASELINES, **METHODS, **parts}, ((4, 6),))]
 
 
 def mixed(model: str) -> list[Case]:

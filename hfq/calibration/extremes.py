@@ -6,7 +6,6 @@ its attentions. Several calls are joined by the least of their minima and the la
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from hfq import kernels
-from hfq.calibration import ranks
+from hfq.calibration import ranks, trajectories
 from hfq.calibration.capture import forward, quiet
 from hfq.calibration.clusters import Ends
 from hfq.calibration.static import probabilities
@@ -165,10 +164,10 @@ def observe(
     exact = kernels.use(wna16="reference") if not torch.cuda.is_available() else kernels.use()
     try:
         with quiet(model), exact, _attentions(model, found, now, attention):
+            found_at = trajectories.timesteps_of(batches)
             for i in ranks.share(len(batches)):
-                batch = batches[i]
-                now[0] = level_of(_timestep(model, batch))
-                forward(model, batch)
+                now[0] = level_of(found_at[i])
+                forward(model, batches[i])
     finally:
         for handle in handles:
             handle.remove()
@@ -179,25 +178,12 @@ def levels_of(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, each: b
     """The noise levels of the calibration data, from noise to image; one for all of them unless ``each``.
 
     Raises:
-        DataError: a batch has none.
+        DataError: a batch has none, or its rows have different ones.
         QuantizationError: the model is no denoiser.
     """
-    times.argument_of(model)
-    recorded = getattr(batches, "timesteps", None)
-    known = isinstance(recorded, torch.Tensor)
-    found = recorded.tolist() if known else [_timestep(model, batch) for batch in batches]  # type: ignore[union-attr]
-    if any(math.isnan(one) for one in found):
-        raise DataError("recorded calls outside of the denoising loop have no timestep")
-    levels = sorted(set(found), reverse=True)
+    times.position_of(model)
+    levels = sorted(set(trajectories.timesteps_of(batches)), reverse=True)
     return times.NoiseLevels(levels if each else levels[:1])
-
-
-def _timestep(model: nn.Module, batch: Mapping[str, Any]) -> float:
-    name = times.argument_of(model)[0]
-    if name not in batch:
-        raise DataError(f"a call of the calibration data has no {name}: record the calls of the denoising loop "
-                        "(hfq.record_calls)")
-    return times.value_of(batch[name])
 
 
 @contextmanager

@@ -48,7 +48,6 @@ class InputBanks(AttachedPart):
         self._put("zero_point", torch.empty(shape, dtype=torch.int16, device=device))
         self._put("labels", torch.empty(spec.label_bytes, dtype=torch.uint8, device=device))
         self._kept: tuple[Any, int, Bank] | None = None
-        self._warned = False
 
     @classmethod
     def of(cls, given: Sequence[Given], bits: int, levels: NoiseLevels, *, device: Any = None) -> InputBanks:
@@ -98,12 +97,12 @@ class InputBanks(AttachedPart):
         return bitpack.unpack(self.labels.detach()[None], self.spec.label_bits, count)[0].long()
 
     def seen(self, rows: int) -> None:
-        """Say once that the groups of rows do not fit ``rows`` rows, where that is so."""
-        if self._warned or not self.spec.rows or rows == self.spec.rows or "rows" not in self.spec.axes:
+        """Say, once for a model, that the groups of rows do not fit ``rows`` rows, where that is so."""
+        if self.levels.told or not self.spec.rows or rows == self.spec.rows:
             return
-        self._warned = True
-        warnings.warn(f"{self.label}: its groups are those of {self.spec.rows} rows, and there are {rows}: at noise "
-                      "levels that group rows each of them gets a range of its own", RuntimeWarning, stacklevel=3)
+        self.levels.told = True
+        warnings.warn(f"{self.label} (and maybe others): its groups are those of {self.spec.rows} rows, and there are "
+                      f"{rows}: each row has a range of its own where rows are in groups", RuntimeWarning, stacklevel=3)
 
     def check(self, where: str, error: type[HfqError] = CheckpointError) -> None:
         """Raise ``error`` unless the tensors can be decoded."""

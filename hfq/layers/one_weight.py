@@ -7,18 +7,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfq import kernels
 from hfq.errors import QuantizationError
 from hfq.formats import QuantSpec
+from hfq.kernels import PackedWeight, Runtime, grouped
 from hfq.layers.banks import InputBanks
-from hfq.layers.packed import PackedModule
+from hfq.layers.inputs import InputSpec
+from hfq.layers.packed import Memory, PackedModule
 
 __all__ = ["OneWeight"]
 
 
 class OneWeight(PackedModule):
-    """Base of the packed layers with one float weight; its codes are in slot "weight"."""
+    """Base of the packed layers with one float weight; its codes are in slot "weight".
+
+    Attributes:
+        banks: groups of the input by noise level, in the place of ``activation``.
+    """
 
     _kind: str
+    banks: InputBanks | None
+
+    def _start(self, *given: Any) -> None:
+        super()._start(*given)
+        self.banks = None
 
     @property
     def spec(self) -> QuantSpec:
@@ -77,6 +89,22 @@ class OneWeight(PackedModule):
         self.restore()
         part.label = where
         self.banks = part.to(self.device)
+
+    @property
+    def product_input(self) -> InputSpec | None:
+        """Format of the codes that the product reads; those of inputs in groups have a grid a row."""
+        return self.activation if self.banks is None else grouped.row_spec(self.banks.spec.bits)
+
+    def runtime_of(self, one: PackedWeight, key: str, memory: Memory) -> Runtime:
+        return kernels.prepare(one, dtype=self.compute_dtype, memory=memory, activation=self.product_input)
+
+    def explain(self, M: int = 1, dtype: torch.dtype | None = None) -> list[kernels.Choice]:
+        if self.banks is None or not self._has_runtime:
+            return super().explain(M, dtype)
+        operand, dtype = self.operand("weight"), dtype or self.compute_dtype
+        if "columns" in self.banks.spec.axes and isinstance(operand, Runtime):
+            return grouped.explain(operand, M, dtype, self.banks.spec.bits)
+        return kernels.explain(operand, M, dtype, activation=self.product_input)
 
     def describe(self) -> dict[str, Any]:
         slot = self.slots["weight"]

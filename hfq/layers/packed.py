@@ -18,10 +18,9 @@ from torch import nn
 from hfq import kernels
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.formats import ActivationSpec, Codes, affine, bitpack
-from hfq.kernels import PackedWeight, Runtime, grouped
-from hfq.layers.banks import InputBanks
+from hfq.kernels import PackedWeight, Runtime
 from hfq.layers.deferred import Deferred
-from hfq.layers.inputs import InputSpec, QuantizedInput, input_shapes
+from hfq.layers.inputs import QuantizedInput, input_shapes
 from hfq.layers.online import OnlinePart
 from hfq.layers.slot import Slot, columns_of
 
@@ -37,7 +36,6 @@ class PackedModule(QuantizedInput, nn.Module):
 
     Attributes:
         slots: the packed matrices by the name of the float weight that they replace.
-        banks: groups of the input by noise level, in the place of ``activation``.
         activation: how inputs are quantized before the product, ``None`` for not at all; static ranges and factors are
             the parameters ``<prefix>input_scale``, ``<prefix>input_zero_point`` and ``<prefix>input_factor``.
         compute_dtype: dtype of the float weight; follows ``.to(dtype)``. Codes, scales and zero points do not.
@@ -53,7 +51,6 @@ class PackedModule(QuantizedInput, nn.Module):
 
     slots: dict[str, Slot]
     online: OnlinePart | None
-    banks: InputBanks | None
 
     def __init__(
         self, slots: dict[str, Slot], *, compute_dtype: torch.dtype, device: Any = None,
@@ -67,7 +64,6 @@ class PackedModule(QuantizedInput, nn.Module):
     ) -> None:
         self.slots, self.activation = slots, activation
         self.online = None
-        self.banks = None
         self.compute_dtype = compute_dtype
         self.label = ""
         self._memory: Memory | None = None
@@ -206,9 +202,7 @@ class PackedModule(QuantizedInput, nn.Module):
         if not self._has_runtime:
             return []
         operand, dtype = self.operand(next(iter(self.slots))), dtype or self.compute_dtype
-        if self.banks is not None and "columns" in self.banks.spec.axes and isinstance(operand, Runtime):
-            return grouped.explain(operand, M, dtype, self.banks.spec.bits)
-        return kernels.explain(operand, M, dtype, activation=self.product_input)
+        return kernels.explain(operand, M, dtype, activation=self.activation)
 
     # Runtime form
 
@@ -243,12 +237,7 @@ class PackedModule(QuantizedInput, nn.Module):
 
     def runtime_of(self, one: PackedWeight, key: str, memory: Memory) -> Runtime:
         """The form that the kernel of this layer computes from."""
-        return kernels.prepare(one, dtype=self.compute_dtype, memory=memory, activation=self.product_input)
-
-    @property
-    def product_input(self) -> InputSpec | None:
-        """Format of the codes that the product reads; those of inputs in groups have a grid a row."""
-        return self.activation if self.banks is None else grouped.row_spec(self.banks.spec.bits)
+        return kernels.prepare(one, dtype=self.compute_dtype, memory=memory, activation=self.activation)
 
     def restore(self) -> None:
         """Put the canonical tensors back in the place of the runtime form; the next forward makes that again.
@@ -326,7 +315,7 @@ class PackedModule(QuantizedInput, nn.Module):
 
         several = len(self.slots) > 1
         parts = [f"{key}: {text(slot)}" if several or slot.count else text(slot) for key, slot in self.slots.items()]
-        parts[-1] += "" if self.product_input is None else f", {self.product_input.bits}-bit inputs"
+        parts[-1] += "" if self.activation is None else f", {self.activation.bits}-bit inputs"
         return "; ".join(parts) + f", {str(self.compute_dtype).removeprefix('torch.')}"
 
 

@@ -7,7 +7,6 @@ counted in steps of a loop: another number of steps, or another scheduler, finds
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
+from hfq.layers import times
 from hfq.layers.kinds import kind_of
 
 __all__ = ["Switched", "child_name", "collapse", "describe", "empty_switched", "install", "interval", "listen"]
@@ -91,21 +91,10 @@ class Switched(nn.Module):
 # A function of the module that it hangs on, so that a deep copy of a model tells its own layers.
 @torch.compiler.disable
 def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    timestep = kwargs.get("timestep")
-    if timestep is None:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        place = names.index("timestep") if "timestep" in names else len(args)
-        timestep = args[place] if place < len(args) else None
-    if timestep is None:
-        raise QuantizationError(f"{type(module).__name__} was called without a timestep: layers in it have widths that "
-                                "follow the timestep")
-    times = torch.as_tensor(timestep).detach().double().reshape(-1).cpu()
-    if bool((times != times[0]).any()):
-        raise QuantizationError("rows of one call have different timesteps: layers whose width follows the timestep "
-                                "compute one of them at a time")
+    timestep = times.read(module, args, kwargs)
     for part in module.modules():
         if isinstance(part, Switched):
-            part.choose(float(times[0]))
+            part.choose(timestep)
 
 
 def listen(model: nn.Module) -> None:

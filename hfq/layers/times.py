@@ -18,13 +18,10 @@ from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
 
-__all__ = [
-    "ARGUMENTS", "NoiseLevels", "argument_of", "at", "describe", "from_manifest", "install", "of", "read", "remove",
-    "value_of",
-]  # fmt: skip
+__all__ = ["NoiseLevels", "at", "describe", "from_manifest", "install", "of", "position_of", "read", "remove"]
 
-# What denoisers call their timestep.
-ARGUMENTS = ("timestep", "timesteps")
+# What denoisers call it.
+_ARGUMENT = "timestep"
 _ATTRIBUTE = "hfq_noise_levels"
 # Timesteps of the models whose calls are running in this thread, the innermost last.
 _RUNNING = threading.local()
@@ -42,6 +39,7 @@ class NoiseLevels:
 
     def __init__(self, levels: Sequence[float]) -> None:
         self.levels = tuple(float(level) for level in levels)
+        self.told = False  # whether somebody was told that the model is used on other sizes
         if not self.levels or not all(map(math.isfinite, self.levels)):
             raise QuantizationError(f"noise levels {self.levels}: one or more finite numbers are needed")
 
@@ -70,7 +68,7 @@ class NoiseLevels:
         return f"NoiseLevels({len(self)} from {max(self.levels):g} to {min(self.levels):g})"
 
 
-def value_of(timestep: Any) -> float:
+def _value(timestep: Any) -> float:
     """The timestep of a call, as a number.
 
     Raises:
@@ -87,26 +85,32 @@ def value_of(timestep: Any) -> float:
     return float(timestep)
 
 
-def argument_of(model: nn.Module) -> tuple[str, int]:
-    """Name and position of the timestep in the forward of ``model``.
+def position_of(model: nn.Module) -> int:
+    """Position of the timestep among the arguments of ``model``.
 
     Raises:
         QuantizationError: it takes none: it is no denoiser.
     """
     names = list(inspect.signature(type(model).forward).parameters)[1:]
-    for name in ARGUMENTS:
-        if name in names:
-            return name, names.index(name)
-    raise QuantizationError(f"{type(model).__name__} takes no timestep ({', '.join(names)}): noise levels are those of "
-                            "denoisers")
+    if _ARGUMENT not in names:
+        raise QuantizationError(f"{type(model).__name__} takes no timestep ({', '.join(names)}): noise levels are "
+                                "those of denoisers")
+    return names.index(_ARGUMENT)
 
 
 def read(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    """The timestep of a call of ``model``."""
-    name, position = argument_of(model)
-    if name not in kwargs and len(args) <= position:
-        raise QuantizationError(f"{type(model).__name__} was called without {name}")
-    return value_of(kwargs[name] if name in kwargs else args[position])
+    """The timestep of a call of ``model``, by position or by name.
+
+    Raises:
+        QuantizationError: there is none, or samples of the call have different ones.
+    """
+    given = kwargs.get(_ARGUMENT)
+    if given is None:
+        position = position_of(model)
+        given = args[position] if position < len(args) else None
+    if given is None:
+        raise QuantizationError(f"{type(model).__name__} was called without a timestep, which parts of it follow")
+    return _value(given)
 
 
 @contextmanager
@@ -140,7 +144,7 @@ def install(model: nn.Module, levels: NoiseLevels) -> NoiseLevels:
     Raises:
         QuantizationError: the model takes no timestep, or has levels already.
     """
-    argument_of(model)
+    position_of(model)
     if of(model) is not None:
         raise QuantizationError(f"{type(model).__name__} has noise levels already")
     model.__dict__[_ATTRIBUTE] = levels
@@ -180,7 +184,7 @@ def from_manifest(model: nn.Module, given: Any) -> NoiseLevels:
     if not isinstance(given, list) or any(type(one) not in (int, float) for one in given):
         raise CheckpointError(f"the noise levels in the manifest are damaged: {given!r}")
     try:
-        argument_of(model)
+        position_of(model)
         levels, present = NoiseLevels(given), of(model)
     except QuantizationError as error:
         raise CheckpointError(f"the noise levels in the manifest cannot be used: {error}") from error

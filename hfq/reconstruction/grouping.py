@@ -35,12 +35,15 @@ class Groups:
         ranges: of a group: "minmax" or "mean".
         axis: see :func:`hfq.calibration.clusters.choose_axis`.
         seed: of k-means.
+        start: attention to another sequence leaves its first key as it is: "always", "auto" (where it has more than
+            half of the attention) or "never".
     """
 
     count: int = 8
     ranges: Literal["minmax", "mean"] = "minmax"
     axis: str = "spread"
     seed: int = 0
+    start: Literal["always", "auto", "never"] = "always"
 
 
 def grouping_of(
@@ -121,19 +124,21 @@ def attach_inputs(
 
 def attach_attention(
     model: nn.Module, name: str, one: Attention, levels: NoiseLevels, bits: int, how: Groups,
-    probabilities: Probabilities, start: str, report: Report,
+    probabilities: Probabilities, report: Report,
 ) -> bool:
     """Compute an attention on groups of its operands; ``False`` (with a note) where that cannot be.
 
     Args:
-        start: attention to another sequence leaves its first key as it is: "always", "auto" (where it has more than
-            half of the attention) or "never".
+        one: what was seen of it.
+        bits: of queries, keys and values.
+        probabilities: whether the first key is left out is found here.
     """
     if products.causal(model.get_submodule(name)):
         report.note("attention that is causal keeps its products in floats: stored ranges are for attention without a "
                     "cache")
         return False
-    first = one.cross and "rest" in one.operands and (start == "always" or (start == "auto" and one.share > 0.5))
+    wanted = how.start == "always" or (how.start == "auto" and one.share > 0.5)
+    first = one.cross and "rest" in one.operands and wanted
     sides = {"query": "query", "key": "rest" if first else "key", "value": "value"}
     parts = {side: banks_of(one.operands[sides[side]], levels, bits, how, one.head_dim) for side in OPERANDS}
     what = Probabilities(probabilities.spec, probabilities.whole, first, probabilities.renormalise)

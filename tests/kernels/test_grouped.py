@@ -105,7 +105,8 @@ def test_convolutions(geometry: Geometry, axis: str, monkeypatch: pytest.MonkeyP
     want = grouped.decoded(every, bank, torch.float64) @ kernels.dequantize(weight, torch.float64).t() + bias
     want = want.transpose(1, 2).reshape(geometry.output(x.shape))
     runtime = kernels.prepare(weight, dtype=torch.float32, activation=grouped.row_spec(6))
-    for chunk in (grouped.CHUNK, 4 * geometry.columns * want.shape[3] * 2, 4 * geometry.columns * want[0, 0].numel() * 2):
+    line = 4 * geometry.columns * want.shape[3]
+    for chunk in (grouped.CHUNK, 2 * line, 2 * line * want.shape[2]):
         monkeypatch.setattr(grouped, "CHUNK", chunk)  # lines of one image; two images at once
         for given in (x, x.contiguous(memory_format=torch.channels_last)):
             assert distance(grouped.conv2d(given, geometry, bank, runtime, bias), want) < 1e-6

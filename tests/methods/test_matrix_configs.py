@@ -52,6 +52,11 @@ WRONG: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("cbq", {"overlap": 2}, ("overlap=2", "less than window=2")),
     ("cbq", {"bits": 16, "attention_bits": 4}, ("attention_bits=4 and bits=16", "bits=8 or less")),
     ("cbq", {"overrides": {"*.v_proj": {"rank": "x"}}}, (r"overrides['*.v_proj']['rank']='x'", "an integer")),
+    ("dgq", {"group_size": 64}, ("group_size=64", "one grid an output channel", "groups are those of the inputs")),
+    ("dgq", {"groups": 0}, ("groups=0", "an integer from 1 to 256")),
+    ("dgq", {"group": 8}, ("unknown field 'group' of DGQConfig", "did you mean 'groups'")),
+    ("dgq", {"axis": "channels"}, ("axis='channels'", "spread")),
+    ("dgq", {"start_token": True}, ("start_token=True", "auto")),
 ]
 
 

@@ -25,14 +25,16 @@ def test_fewer_points_than_clusters() -> None:
     assert labels[0] == labels[1] != labels[2]
     made = clusters.group("rows", (points[:, 0], points[:, 1]), 8, 8)
     empty = torch.bincount(made.labels, minlength=8) == 0
-    assert empty.sum() == 6 and torch.allclose(made.scale[empty], torch.full((6,), 1 / 255)) and not made.zero[empty].any()
+    assert empty.sum() == 6 and not made.zero[empty].any()
+    assert torch.allclose(made.scale[empty], torch.full((6,), 1 / 255))
 
 
 def test_ranges_of_groups() -> None:
     low, high = torch.tensor([-1.0, -3.0, -100.0]), torch.tensor([1.0, 5.0, 100.0])
     made = clusters.group("columns", (low, high), 2, 8)
     assert made.labels[0] == made.labels[1] != made.labels[2]
-    assert made.scale[made.labels[0]] == pytest.approx(8 / 255) and made.scale[made.labels[2]] == pytest.approx(200 / 255)
+    assert made.scale[made.labels[0]] == pytest.approx(8 / 255)
+    assert made.scale[made.labels[2]] == pytest.approx(200 / 255)
     mean = clusters.group("columns", (low, high), 2, 8, how="mean")
     assert mean.scale[mean.labels[0]] == pytest.approx(5 / 255)
     with pytest.raises(ConfigError, match="median"):
@@ -40,13 +42,13 @@ def test_ranges_of_groups() -> None:
 
 
 def test_the_axis() -> None:
-    wide, even = (torch.tensor([-1.0, -50.0]), torch.tensor([1.0, 50.0])), (torch.tensor([-50.0] * 2), torch.tensor([50.0] * 2))
-    one, other = (("columns", clusters.group("columns", wide, 2, 8), wide), ("rows", clusters.group("rows", even, 2, 8), even))
+    wide, even = (torch.tensor([-1.0, -50.0]), torch.tensor([1.0, 50.0])), (-50 * torch.ones(2), 50 * torch.ones(2))
+    one, other = ((axis, clusters.group(axis, ends, 2, 8), ends) for axis, ends in (("columns", wide), ("rows", even)))
     assert clusters.spread(wide) == 98 and clusters.spread(even) == 0
     assert clusters.choose_axis(one, other, "spread").axis == "columns"
     assert clusters.choose_axis(other, one, "spread").axis == "columns"
     assert clusters.choose_axis(one, other, "step").axis == "columns"
     assert clusters.choose_axis(one, other, "rows").axis == "rows"
-    assert clusters.choose_axis(one, one[:2] + (wide,), "spread") is one[1]  # a tie is the second one's, which is the same
+    assert clusters.choose_axis(one, (*other[:2], wide), "spread").axis == "rows"  # a tie is the second one's
     with pytest.raises(ConfigError, match="axis='both'"):
         clusters.choose_axis(one, other, "both")

@@ -47,7 +47,7 @@ def test_zero_points_are_bounded() -> None:
         assert ((value(x, scale, zero, 8) - x).abs() <= scale * 0.5 * (1 + 1e-3)).all()
     columns = 11520
     bound = groups.largest_zero(columns, 8)
-    assert 100 < bound and (bound + 255) * 128 * columns < 2**31
+    assert bound > 100 and (bound + 255) * 128 * columns < 2**31
     assert groups.largest_zero(32, 8) == groups.LARGEST_ZERO
 
 

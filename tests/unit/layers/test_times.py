@@ -44,10 +44,10 @@ def test_the_nearest_level_serves_any_timestep() -> None:
 
 def test_what_is_no_single_timestep() -> None:
     net, x = model(), torch.zeros(2)
-    for wrong, text in ((torch.tensor([3.0, 4.0]), "different timesteps"), (float("nan"), "finite"), (None, "None")):
+    for wrong, text in ((torch.tensor([3.0, 4.0]), "different timesteps"), (float("nan"), "finite"), ("a", "finite")):
         with pytest.raises(QuantizationError, match=text):
             net(x, wrong)
-    with pytest.raises(QuantizationError, match="no timestep|without timestep"):
+    with pytest.raises(QuantizationError, match="without a timestep"):
         net(x)
     with pytest.raises(QuantizationError, match="takes no timestep"):
         times.install(nn.Linear(2, 2), NoiseLevels([1.0]))
