@@ -114,6 +114,7 @@ def quantize(model: nn.Module, config: HfqConfig, data: Any = None) -> Report:
     finally:
         config._environment = None
     _check_report(report, asked.names, config)
+    _tell_products(model, config, report)
     swap.keep_dtype(model)
     prepare(model, config)
     report.totals |= {
@@ -261,6 +262,16 @@ def _check_report(report: Report, asked: list[str], config: HfqConfig) -> None:
             f"{config.method} could not do {len(report.refused)} of {len(asked)} modules: {lines}{more}. "
             "Skip them with modules_to_not_convert, or accept it with allow_partial=True"
         )
+
+
+def _tell_products(model: nn.Module, config: HfqConfig, report: Report) -> None:
+    """Say so if products of attentions were asked for and none could be found."""
+    from hfq.layers import attention, products
+
+    asked = getattr(config, "attention", False) and config.activation_bits != 16 and report.packed
+    if asked and not attention.parts(model) and not any(map(products.causal, model.modules())):
+        report.note("no attention whose linears are packed goes through the attention interface: products of "
+                    "attentions stay floats")
 
 
 def prepare(model: nn.Module, config: HfqConfig) -> None:

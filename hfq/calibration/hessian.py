@@ -22,7 +22,7 @@ from hfq.calibration.experts import Bank
 from hfq.calibration.step import Step, input_rows, mask_for
 from hfq.errors import QuantizationError
 
-__all__ = ["Hessian", "Hessians", "collect"]
+__all__ = ["Hessian", "Hessians", "collect", "no_moment"]
 
 
 @dataclass(eq=False)
@@ -229,13 +229,20 @@ class _Collector:
         return weights, keep
 
 
+def no_moment(site: Any) -> str:
+    """Why the rows that a site multiplies with have no second moment here; empty if they have one."""
+    conv = site.module
+    if site.kind != "conv" or (conv.groups == 1 and not isinstance(conv, nn.Conv3d)
+                               and not isinstance(conv.padding, str) and conv.padding_mode == "zeros"):  # fmt: skip
+        return ""
+    return "no second moment for a convolution with groups, three axes or special padding"
+
+
 def _patches(site: Any, x: torch.Tensor) -> torch.Tensor:
     """The rows that a convolution multiplies with its flattened kernel, ``[positions, in_channels * kernel]``."""
     conv = site.module
-    if conv.groups != 1 or isinstance(conv, nn.Conv3d) or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
-        raise QuantizationError(
-            f"{site.name}: no second moment for a convolution with groups, three axes or special padding"
-        )
+    if reason := no_moment(site):
+        raise QuantizationError(f"{site.name}: {reason}")
     kernel, stride, pad, dilation = (tuple(v) for v in (conv.kernel_size, conv.stride, conv.padding, conv.dilation))
     if isinstance(conv, nn.Conv1d):
         x = x.unsqueeze(-2)

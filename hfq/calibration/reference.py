@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfq.calibration.cache import rebuild
 from hfq.calibration.step import Step
 from hfq.calibration.walk import walk
 from hfq.errors import QuantizationError
@@ -17,7 +18,7 @@ __all__ = ["Reference", "copy_of"]
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A float32 copy that needs no gradients, in evaluation mode.
+    """A float32 copy that needs no gradients, in evaluation mode; it also takes inputs of the model's own dtype.
 
     Raises:
         QuantizationError: a weight is not in memory.
@@ -28,7 +29,12 @@ def copy_of(model: nn.Module) -> nn.Module:
     made = copy.deepcopy(model)
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in made.parameters()):
         made = made.to(torch.float32)
+        made.register_forward_pre_hook(_widen, with_kwargs=True)
     return made.requires_grad_(False).eval()
+
+
+def _widen(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return rebuild((args, kwargs), lambda _, t: t.float() if t.is_floating_point() and t.dtype.itemsize < 4 else t)
 
 
 class Reference:

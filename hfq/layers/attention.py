@@ -177,7 +177,7 @@ def attend(
     attention_mask: torch.Tensor | None, **kwargs: Any,
 ) -> Any:
     """The attention function of every routed module: ``inner`` is the one that the module would call otherwise."""
-    query, key, value = routing.watch(module, query, key, value, attention_mask)
+    query, key, value = routing.watch(module, query, key, value, attention_mask, causal=bool(kwargs.get("is_causal")))
     part = module._modules.get(CHILD)
     if part is None:
         return inner(module, query, key, value, attention_mask, **kwargs)

@@ -20,7 +20,7 @@ from hfq.formats.log import LogSpec
 from hfq.formats.twin import TwinSpec
 from hfq.kernels import products
 from hfq.kernels.products import SIDES
-from hfq.layers import attention
+from hfq.layers import attention, routing
 from hfq.layers.attention import AttentionQuant
 from hfq.report import Report, Row
 
@@ -174,8 +174,11 @@ def _described(spec: Grid | None) -> dict[str, Any] | None:
 
 
 def causal(module: nn.Module) -> bool:
-    """Whether an attention module lets tokens see the ones before them alone, which needs a mask at every call."""
-    return bool(getattr(module, "is_causal", False))
+    """Whether an attention module lets tokens see the ones before them alone, which needs a mask at every call.
+
+    Some say so at each call instead: that is known once one was observed.
+    """
+    return bool(getattr(module, "is_causal", False)) or routing.asked_causal(module)
 
 
 def install(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +21,8 @@ from hfq.errors import QuantizationError
 from hfq.layers import processors
 
 __all__ = [
-    "DEFAULT_ROUTE", "ROUTES", "adopt", "back", "check_registered", "config_of", "eager_function", "find", "keep_route",
-    "observing", "routable", "route", "set_route", "watch",
+    "DEFAULT_ROUTE", "ROUTES", "adopt", "asked_causal", "back", "check_registered", "config_of", "eager_function",
+    "find", "keep_route", "observing", "routable", "route", "set_route", "watch",
 ]  # fmt: skip
 
 # Attention functions of the host library by name, and the names under which they are routed through `attend`.
@@ -29,6 +30,7 @@ ROUTES = {"eager": "hfq_eager"}
 DEFAULT_ROUTE = "hfq"
 
 _OBSERVERS: list[Callable[..., Any]] = []
+_CAUSAL: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that asked for it in a call that was observed
 _ROUTABLE: set[str] = set()
 _ADOPT: list[Callable[..., None]] = []
 
@@ -159,13 +161,24 @@ def back(name: Any) -> Any:
     return ({new: old for old, new in ROUTES.items()} | {DEFAULT_ROUTE: "sdpa"}).get(name, name)
 
 
-def watch(module: nn.Module, *tensors: Any) -> tuple[Any, Any, Any]:
-    """Show an observer query, key, value and mask of an attention; the query, key and value to compute with."""
+def watch(module: nn.Module, *tensors: Any, causal: bool = False) -> tuple[Any, Any, Any]:
+    """Show an observer query, key, value and mask of an attention; the query, key and value to compute with.
+
+    Args:
+        causal: the call asks for causal attention, whatever the module says of itself.
+    """
     query, key, value, mask = tensors
+    if causal and _OBSERVERS:
+        _CAUSAL.add(module)
     for observer in _OBSERVERS:
         seen = observer(module, query, key, value, mask)
         query, key, value = (query, key, value) if seen is None else seen
     return query, key, value
+
+
+def asked_causal(module: nn.Module) -> bool:
+    """Whether an observed call of an attention module asked for causal attention."""
+    return module in _CAUSAL
 
 
 def adopt(cache: Any, module: nn.Module, part: Any) -> None:

@@ -62,80 +62,63 @@ def quantize(model: Any, data: Any, config: RepQuantConfig, report: Report) -> N
     """Walk the blocks; within a block every stage is calibrated behind the finished ones."""
     from hfq.calibration import static, walk
     from hfq.graph import pairs
-    from hfq.reconstruction.static import Products, attention_asked, pack_products
+    from hfq.reconstruction import folded
+    from hfq.reconstruction import static as pack
 
     plan = config.plan(model)
     found = pairs.discover(plan, config.one_call(model, data), placement=config.placement, seed=config.seed)
     report.pairs += found.rows()
     products = None
     if config.attention and config.activation_bits != 16:
-        products = Products(config.activation_bits, config.softmax, zero=config.log_zero)
+        products = pack.Products(config.activation_bits, config.softmax, zero=config.log_zero)
+    refit = None if config.ridge is None else _refit(config.ridge)
     for step in walk.walk(plan, data, report=report, **config.walk_options()):
-        folds = _folds(step, found.proven("norm", step.block.name), config, report)
+        proven = found.proven("norm", step.block.name) if config.reparameterize else []
+        folds = folded.behind_norms(step, proven, report, config.seed)
         for stage in static.stages(step):
-            if stage.attention:
-                if products is not None and attention_asked(stage, step, config.inputs_for):
-                    pack_products(step, stage.attention, products, report, seed=config.seed)  # step 5
-            else:
-                _sites(step, stage.sites, folds, config, report)
+            if not stage.attention:
+                folded.pack_group(step, stage.sites, folds, config.inputs_for, _fold(config, step.index),
+                                  _rounding(config), seed=config.seed, before=refit)  # steps 0 to 4
+            elif products is not None and pack.attention_asked(stage, step, config.inputs_for):
+                pack.pack_products(step, stage.attention, products, report, seed=config.seed)  # step 5
             step.settle()
-    _outside(plan, data, config, report)
+    options = {}
+    if config.reparameterize:  # patch merging, in the finished model
+        options = folded.outside_norms(plan, data, config.one_call(model, data), config.inputs_for,
+                                       _fold(config, len(plan.blocks)), report, seed=config.seed)
+    pack.pack_outside(plan, config, data, report, observer="percentile", clip=config.weight_clip, options=options)
 
 
-def _folds(step: Any, proven: list[Any], config: RepQuantConfig, report: Report) -> dict[str, tuple[Any, bool]]:
-    """For each reader of a norm its pair, and whether the norm may shift."""
-    from hfq.transforms import reparameterize
-
-    if not config.reparameterize or not proven or not len(step):
-        return {}
-    args, kwargs = step.inputs[0]
-    reasons = reparameterize.prove_shifts(step.block, args, kwargs, proven, seed=config.seed)
-    packed = {site.name for site in step.block.sites}
-    folds = {}
-    for pair in proven:
-        name = pair.sources[0].name
-        reason = reasons[name]
-        bare = [r.name for r in pair.readers if r.part.bias_tensor is None and r.name not in packed]
-        if bare and not reason:
-            reason = f"{bare[0]} stays float and has no bias"
-        if reason:
-            report.note(f"{name}: channels are scaled and not shifted: {reason}")
-        folds.update({reader.name: (pair, not reason) for reader in pair.readers})
-    return folds
-
-
-def _sites(step: Any, sites: Any, folds: Any, config: RepQuantConfig, report: Report) -> None:
-    """Steps 0 to 4 for sites that read one tensor."""
-    from hfq.calibration import ranges, static
+def _fold(config: RepQuantConfig, index: int) -> Any:
+    """Steps 0 to 2 as a fold; ``index`` tells the random numbers of one block from those of another."""
     from hfq.calibration.walk import generator
+
+    def fold(rows: torch.Tensor, pair: Any, bits: int, shifts: bool) -> tuple[torch.Tensor, Any, dict[str, Any]]:
+        return _reparameterize(rows, pair, bits, shifts, config, generator(config.seed, index))
+
+    return fold
+
+
+def _rounding(config: RepQuantConfig) -> Any:
+    """Steps 3 and 4: weights rounded behind their inputs as they will be."""
     from hfq.layers.fake import fake_inputs
     from hfq.reconstruction import static as pack
     from hfq.reconstruction.columns import Solver
 
-    wanted = [s for s in sites if s.kind in ("linear", "transposed", "conv") and config.inputs_for(s.name) != 16]
-    options: dict[str, dict[str, Any]] = {}
-    if wanted:
-        rows = static.observe_inputs(step, wanted, seed=config.seed)[wanted[0].name]
-        bits = min(config.inputs_for(site.name) for site in wanted)
-        pair, shifts = folds.get(wanted[0].name, (None, False))
-        params, extra = None, {}
-        if pair is not None and {r.name for r in pair.readers} >= {site.name for site in wanted}:
-            random = generator(config.seed, step.index)
-            rows, params, extra = _reparameterize(rows, pair, bits, shifts, config, random)
-        for site in wanted:
-            spec = pack.input_grid(config.inputs_for(site.name))
-            own = params if params is not None and spec.bits == bits else ranges.fit(rows, spec)
-            options[site.name] = pack.input_options(spec, own, extra=extra)
-            if config.ridge is not None and site.kind == "linear":
-                _refit(site.module, rows, spec, own, config.ridge)
-    grids = {s.module: options[s.name]["activation"] for s in wanted}
-    with fake_inputs(grids, params={s.module: options[s.name]["activation_params"] for s in wanted}):
-        if config.reconstruction == "gptq":  # on the inputs as they will be
-            solver = Solver(percdamp=config.percdamp, act_order=config.act_order, static_groups=config.act_order,
-                            clip=config.weight_clip)
-            pack.round_columns(config.spec_for, solver)(step, sites, options)
-        else:
-            pack.round_nearest(config.spec_for, config.weight_clip)(step, sites, options)
+    if config.reconstruction == "gptq":
+        solver = Solver(percdamp=config.percdamp, act_order=config.act_order, static_groups=config.act_order,
+                        clip=config.weight_clip)
+        how = pack.round_columns(config.spec_for, solver)
+    else:
+        how = pack.round_nearest(config.spec_for, config.weight_clip)
+
+    def rounding(step: Any, sites: Any, options: Any) -> None:
+        given = {site.module: options[site.name] for site in sites if site.name in options}
+        with fake_inputs({module: told["activation"] for module, told in given.items()},
+                         params={module: told["activation_params"] for module, told in given.items()}):  # fmt: skip
+            how(step, sites, options)
+
+    return rounding
 
 
 def _reparameterize(
@@ -144,15 +127,15 @@ def _reparameterize(
     """Grids of the channels (step 0), their learned bounds (step 1), and the fold (step 2)."""
     from hfq.calibration import ranges
     from hfq.reconstruction.channels import learn_bounds
+    from hfq.reconstruction.folded import reader_weights
     from hfq.transforms import reparameterize
 
     scale, zero = ranges.fit_channels(rows, bits, symmetric=not shifts)
     extra: dict[str, Any] = {"reparameterized": pair.sources[0].name, "shifted": shifts}
     if config.clip:
-        weights = [link.part.weight.movedim(link.part.input_axis, -1).flatten(0, -2) for link in pair.readers]
         bounds = learn_bounds(
-            rows, weights, scale, zero, bits, steps=config.clip_steps, lr=config.clip_lr, start=config.clip_start,
-            batch=config.clip_batch, symmetric=not shifts, generator=random,
+            rows, reader_weights(pair), scale, zero, bits, steps=config.clip_steps, lr=config.clip_lr,
+            start=config.clip_start, batch=config.clip_batch, symmetric=not shifts, generator=random,
         )  # fmt: skip
         scale, zero = bounds.scale, bounds.zero_point
         extra |= {"clip_before": float(f"{bounds.before:.6g}"), "clip_after": float(f"{bounds.after:.6g}")}
@@ -161,31 +144,14 @@ def _reparameterize(
     return (rows.double() / grid.ratio + grid.shift).float(), grid.params, extra
 
 
-def _refit(module: Any, rows: torch.Tensor, spec: Any, params: Any, share: float) -> None:
+def _refit(share: float) -> Any:
+    """The weight of a linear, fitted to its coded inputs."""
     from hfq.formats import activation
     from hfq.reconstruction.channels import refit
 
-    module.weight.data.copy_(refit(module.weight, rows, activation.fake(rows, spec, params), share))
+    def before(site: Any, rows: torch.Tensor, spec: Any, params: Any) -> None:
+        if site.kind == "linear":
+            weight = site.module.weight
+            weight.data.copy_(refit(weight, rows, activation.fake(rows, spec, params), share))
 
-
-def _outside(plan: Any, data: Any, config: RepQuantConfig, report: Report) -> None:
-    """Sites between the stacks (patch merging) in the finished model; a norm that feeds one is folded the same way."""
-    from hfq.calibration import static
-    from hfq.calibration.walk import generator
-    from hfq.reconstruction import static as pack
-    from hfq.transforms import reparameterize
-
-    options, call = {}, config.one_call(plan.model, data)
-    for number, site in enumerate(plan.outside):
-        bits = config.inputs_for(site.name)
-        if bits == 16 or site.kind != "linear" or not config.reparameterize:
-            continue
-        pair, reason = reparameterize.outside_pair(plan.model, site, call, seed=config.seed)
-        if pair is None:
-            report.note(f"{site.name}: one grid for its inputs from the start: {reason}")
-            continue
-        rows = static.observe_outside(plan.model, data, [site], seed=config.seed)[site.name]
-        random = generator(config.seed, len(plan.blocks) + number)
-        _, params, extra = _reparameterize(rows, pair, bits, pair.sources[0].part.bias is not None, config, random)
-        options[site.name] = pack.input_options(pack.input_grid(bits), params, extra=extra, tokens=rows.shape[0])
-    pack.pack_outside(plan, config, data, report, observer="percentile", clip=config.weight_clip, options=options)
+    return before

@@ -12,7 +12,7 @@ from torch import nn
 from hfq.calibration import hessian
 from hfq.calibration.step import Step
 from hfq.formats import PER_TENSOR, Codes, QuantSpec
-from hfq.reconstruction.direct import embedding_spec, expert_matrices, site_matrix, unpackable
+from hfq.reconstruction.direct import embedding_spec, expert_matrices, nearest_site, site_matrix, unpackable
 from hfq.rounding import nearest
 from hfq.rounding.gptq import Factor, factorise, solve, solve_many
 
@@ -83,7 +83,17 @@ def solve_sites(
     weights: Sequence[torch.Tensor] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """:func:`solve_block` for some sites of the block, on the inputs that they have now."""
+    """:func:`solve_block` for some sites of the block, on the inputs that they have now.
+
+    Convolutions without a second moment are rounded to nearest, and their rows say why.
+    """
+    reasons = {site.name: hessian.no_moment(site) for site in sites}
+    for site in (site for site in sites if reasons[site.name]):
+        told = {"reason": f"rounded to nearest: {reasons[site.name]}", **(options or {}).get(site.name, {})}
+        nearest_site(step, site, spec_for(site.name), clip=solver.clip, norm=solver.norm, options=told)
+    sites = [site for site in sites if not reasons[site.name]]
+    if not sites:
+        return
     moments = hessian.collect(step, sites, weights)
     for shared in _together(sites, moments, spec_for):
         if shared[0].kind == "experts":

@@ -13,6 +13,7 @@ import torch
 
 from hfq.calibration import ranges, static
 from hfq.calibration.step import Step
+from hfq.formats import ActivationSpec
 from hfq.formats.activation import Parameters
 from hfq.graph.links import Pair
 from hfq.reconstruction.static import Round, input_grid, input_options
@@ -72,8 +73,13 @@ def reader_weights(pair: Pair) -> list[torch.Tensor]:
 def pack_group(
     step: Step, sites: Sequence[Any], folds: Mapping[str, tuple[Pair, bool]], bits_for: Callable[[str], int],
     fold: Fold, pack: Round, *, seed: int = 0,
+    before: Callable[[Any, torch.Tensor, ActivationSpec, Parameters], None] | None = None,
 ) -> None:
-    """Pack ``sites``, which read one tensor, after the fold of the norm in front of them if all of them read it."""
+    """Pack ``sites``, which read one tensor, after the fold of the norm in front of them if all of them read it.
+
+    Args:
+        before: may change the weight of a site for the grid of its inputs: ``(site, inputs, format, range)``.
+    """
     wanted = [s for s in sites if s.kind in ("linear", "transposed", "conv") and bits_for(s.name) != 16]
     options: dict[str, dict[str, Any]] = {}
     if wanted:
@@ -87,6 +93,8 @@ def pack_group(
             spec = input_grid(bits_for(site.name))
             own = params if params is not None and spec.bits == bits else ranges.fit(rows, spec)
             options[site.name] = input_options(spec, own, extra=extra)
+            if before is not None:
+                before(site, rows, spec, own)
     pack(step, sites, options)
 
 

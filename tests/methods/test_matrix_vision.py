@@ -20,6 +20,7 @@ from hfq import kernels
 from hfq.calibration.step import Step
 from hfq.errors import ConfigError
 from hfq.layers import attention, swap
+from hfq.layers.conv import QConv2d
 
 
 @dataclass(frozen=True)
@@ -198,3 +199,62 @@ def plain_distance() -> float:
 @pytest.mark.parametrize("slug", PAPERS)
 def test_nearer_to_the_float_model_than_the_plain_baseline(slug: str, plain_distance: float) -> None:
     assert distance(slug, **ROWS[slug].options) < plain_distance
+
+
+@pytest.mark.parametrize("slug", ["repquant", "noisyquant", "adaquant"])  # the others start at logits of classes
+def test_towers_that_ask_for_causal_attention_at_each_call(slug: str) -> None:
+    """Text in front of images: the module itself does not say that it is causal."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        text_config={**sizes, "vocab_size": 50, "max_position_embeddings": 8}, projection_dim=8)).eval()
+    data = [{"input_ids": torch.arange(1, 13).reshape(2, 6), "pixel_values": IMAGES[i : i + 2]} for i in (0, 2)]
+    report = hfq.quantize(model, hfq.HfqConfig(method=slug, **{**COMMON, **ROWS[slug].options}), data)
+    assert [row.module for row in report.attached] == ["vision_model.encoder.layers.0.self_attn.hfq_attention"]
+    assert any("causal" in note for note in report.notes)
+    with torch.no_grad():
+        assert torch.isfinite(model(**data[0]).logits_per_image).all()
+
+
+class Fused(torch.nn.Module):
+    """Attention that no interface shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.proj = torch.nn.LayerNorm(16), torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(found.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("slug", ROWS)
+def test_attention_that_no_interface_shows_is_told(slug: str) -> None:
+    torch.manual_seed(0)
+    patches = [torch.nn.Conv2d(3, 16, 8, 8), torch.nn.Flatten(2), Turn()]
+    pool = torch.nn.AdaptiveAvgPool2d((1, 16))
+    model = torch.nn.Sequential(*patches, Fused(), Fused(), pool, torch.nn.Flatten(), torch.nn.Linear(16, 5)).eval()
+    report = hfq.quantize(model, hfq.HfqConfig(method=slug, **{**COMMON, **ROWS[slug].options}), IMAGES)
+    assert {"3.qkv", "3.proj", "4.qkv", "4.proj"} <= {row.module for row in report.packed} and not report.attached
+    assert any("products of attentions stay floats" in note for note in report.notes)
+
+
+class Turn(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("slug", ["gptq", "repquant"])
+def test_convolutions_with_groups_are_rounded_to_nearest_and_say_so(slug: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [16], "depths": [2], "groups_width": 8, "num_labels": 3}
+    model = transformers.RegNetForImageClassification(transformers.RegNetConfig(**sizes)).eval()
+    report = hfq.quantize(model, hfq.HfqConfig(method=slug, **{**COMMON, **ROWS[slug].options}), IMAGES)
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, QConv2d)}
+    for name, module in convolutions.items():
+        outside = "outside the blocks" in report.rows[name].reason
+        assert outside or ("groups" in report.rows[name].reason) == (module.groups > 1)
+        assert module.activation is not None
+    assert any(module.groups > 1 for module in convolutions.values())
