@@ -1,4 +1,4 @@
-"""Put measured rows into RESULTS.md of every family of models, the README and the model cards.
+"""Put measured rows into RESULTS.md of every family of models, the README (with its list of methods) and the cards.
 
     hfq bench methods demo --table weights,rsq,rescaled,layerwise --output examples/llm/methods.json
     hfq bench methods vit --table widths --output examples/vit/methods.json
@@ -24,6 +24,7 @@ from typing import Any
 from hfq.errors import ConfigError
 from hfq.integrations import bench_diffusion, bench_methods, bench_vision
 from hfq.integrations.bench_tables import Case
+from hfq.integrations.cli import table
 from hfq.integrations.results import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,7 +177,7 @@ def replaced(path: Path, marker: str, text: str, content: str) -> str:
 def documents() -> dict[Path, str]:
     """Every document that holds measured rows, as it should be."""
     readme, found = ROOT / "README.md", {}
-    found[readme] = readme.read_text()
+    found[readme] = replaced(readme, "methods", readme.read_text(), table.markdown())
     for family in FAMILIES:
         found[readme] = replaced(readme, family.marker, found[readme], section(family, family.readme))
         results = family.folder / "RESULTS.md"
