@@ -111,6 +111,11 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
+        """Asked before the config is written: the one moment to bring it up to date."""
+        from hfq.integrations import guard
+
+        if (model := self._model()) is not None:
+            guard.renew(self.quantization_config.manifest, model)
         return True
 
     def get_state_dict_and_metadata(

@@ -24,7 +24,7 @@ from hfq.layers.products import AttentionProducts
 
 __all__ = [
     "PackedRename", "add_rename", "check_files", "disk_leaf", "drop_rename", "header", "packed_tensors",
-    "with_rename",
+    "renew", "with_rename",
 ]
 
 
@@ -90,6 +90,14 @@ def packed_tensors(model: Any) -> dict[str, Any]:
         for name, module in model.named_modules() if isinstance(module, parts)
         for leaf, parameter in module.named_parameters(recurse=False)
     }
+
+
+def renew(manifest: Mapping[str, Any] | None, model: Any) -> None:
+    """Bring the layers of a manifest up to date: merging an adapter may have changed the grid of a layer."""
+    layers = (manifest or {}).get("layers", {})
+    for name, module in model.named_modules():
+        if name in layers and isinstance(module, PackedModule):
+            layers[name] = module.describe()
 
 
 def with_rename(model: Any, conversions: Iterable[Any]) -> list[Any]:

@@ -104,6 +104,9 @@ class HfqHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """The report travels in the header of every weight file; names are changed by the model's conversions."""
+        from hfq.integrations import guard
+
+        guard.renew(self.quantization_config.manifest, model)  # before the config is written
         metadata = {"hfq_format_version": str(self.quantization_config.format_version)}
         report = getattr(model, "hfq_report", None)
         if report is not None:

@@ -3,7 +3,8 @@
 A :class:`LearnedStep` is the step of a stored activation grid: the zero point stays. A :class:`LearnedRange` is the
 reach ``R`` and the lower end ``m`` of a grid of ``Q + 1`` points, ``s = R / Q`` and ``z = clip(round(-m / s), 0, Q)``:
 both are learned, and zero is a point of the grid whatever they become. :class:`RangedWeight` rounds a weight that is
-itself free to move on such a grid. Rounding passes gradients straight through, a clamp stops them.
+itself free to move on such a grid. :func:`weight_grid` is for weights whose scale itself is learned, and with it the
+zero point if that is a float. Rounding passes gradients straight through, a clamp stops them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from hfq.errors import ConfigError
 from hfq.formats import ActivationSpec, Codes, QuantSpec, affine
 from hfq.formats.activation import SMALLEST_RANGE, Parameters
 
-__all__ = ["LARGEST", "LearnedRange", "LearnedStep", "RangedWeight"]
+__all__ = ["LARGEST", "LearnedRange", "LearnedStep", "RangedWeight", "weight_codes", "weight_grid"]
 
 LARGEST = 1e5  # of a range
 
@@ -139,3 +140,31 @@ class RangedWeight(nn.Module):
         zero = None if zero is None else zero.to(torch.uint8)
         scale = scale.to(self.spec.torch_scale_dtype)
         return Codes(affine.encode(self.matrix, scale, zero, self.spec), scale, zero, self.spec)
+
+
+def weight_grid(
+    scale: torch.Tensor, zero_point: torch.Tensor | None, spec: QuantSpec, damping: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The grid that a weight is rounded to, for :func:`hfq.formats.affine.fake`: with the values that are stored.
+
+    Args:
+        scale: learned, float32, ``spec.parameter_shape``; below the least that can be stored it counts as that.
+        zero_point: learned where ``spec.zero_point == "float"``, float32; ``None`` for symmetric grids.
+        damping: factor of the gradients of both (LSQ: ``1 / sqrt(weights a scale * highest code)``); values stay.
+    """
+    stored = scale.detach().clamp(min=affine.smallest_scale(spec)).to(spec.torch_scale_dtype).float()
+    used = _straight(scale * damping, stored)
+    if zero_point is None or spec.zero_point == "int":
+        return used, None if zero_point is None else zero_point.detach()
+    return used, _straight(zero_point * damping, zero_point.detach().to(spec.torch_scale_dtype).float())
+
+
+@torch.no_grad()
+def weight_codes(
+    matrix: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, spec: QuantSpec
+) -> Codes:
+    """What is stored of a ``matrix`` ``[rows, columns]``; decoding gives ``affine.fake`` on :func:`weight_grid`."""
+    scale, zero = weight_grid(scale.detach(), None if zero_point is None else zero_point.detach(), spec)
+    dtype = torch.uint8 if spec.zero_point == "int" else spec.torch_scale_dtype
+    scale, zero = scale.to(spec.torch_scale_dtype), None if zero is None else zero.to(dtype)
+    return Codes(affine.encode(matrix, scale, zero, spec), scale, zero, spec)

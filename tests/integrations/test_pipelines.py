@@ -177,7 +177,7 @@ def test_offloaded_pipelines(how, text_folder, tmp_path, zoo):
 
 
 def test_lora_on_a_quantized_unet(text, tmp_path, zoo):
-    """An adapter of the float model loads on the packed one, linears and convolutions alike, and cannot be merged."""
+    """An adapter of the float model loads on the packed one, linears and convolutions alike, and can be fused."""
     from peft import LoraConfig
 
     base = zoo.draw(hfq.quantize_pipeline(text, {"unet": RTN}))
@@ -195,11 +195,41 @@ def test_lora_on_a_quantized_unet(text, tmp_path, zoo):
     text.unet.disable_lora()
     assert torch.equal(zoo.draw(text), base)
     text.unet.enable_lora()
-    with pytest.raises(hfq.QuantizationError, match="cannot be merged"):
+    with pytest.warns(UserWarning, match="rounds weights"):
         text.unet.fuse_lora()
+    fused = zoo.draw(text)
+    assert (fused - adapted).norm() < (base - adapted).norm()
+    text.unet.unfuse_lora()
+    assert torch.equal(zoo.draw(text), adapted)
     text.unet.unload_lora()
+    assert torch.equal(zoo.draw(text), base)
     with pytest.raises(ConfigError, match="init_lora_weights"):
         text.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights="pissa"), adapter_name="other")
+
+
+def test_lora_weights_of_a_pipeline(text, tmp_path, zoo):
+    """``save_lora_weights`` of a trained UNet, ``load_lora_weights`` into another pipeline, two of them mixed."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    base = zoo.draw(hfq.quantize_pipeline(text, {"unet": RTN}))
+    text.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "conv1"]))
+    with torch.no_grad():
+        for name, parameter in text.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    adapted = zoo.draw(text)
+    layers = get_peft_model_state_dict(text.unet)
+    type(text).save_lora_weights(tmp_path, unet_lora_layers=layers)
+    text.unet.delete_adapters("default")
+    text.unet.unload_lora()
+    text.load_lora_weights(tmp_path, adapter_name="one")
+    assert torch.equal(zoo.draw(text), adapted) and not torch.equal(adapted, base)
+    text.load_lora_weights(tmp_path, adapter_name="two")
+    text.set_adapters(["one", "two"], [0.5, 0.5])
+    torch.testing.assert_close(zoo.draw(text), adapted, rtol=0, atol=1e-2)
+    text.unload_lora_weights()
+    assert torch.equal(zoo.draw(text), base)
 
 
 def test_bad_components(text, zoo):

@@ -1,0 +1,166 @@
+"""The tuner HFQ_QALORA: a low-rank update that is added to the weight before the weight is rounded.
+
+``Q(W + scaling B A)`` on a grid whose scale is learned: after training one packed weight is left, and the merge is
+exact, because it is what the layer computed all along.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfq.errors import ConfigError, QuantizationError
+from hfq.formats import Codes, affine
+from hfq.integrations.peft.registry import peft_type
+from hfq.integrations.peft.tuner import WeightTuner, WeightTunerConfig, WeightTunerLayer
+from hfq.layers import substitute
+from hfq.layers.one_weight import OneWeight
+from hfq.rounding import nearest
+from hfq.rounding.learned_step import weight_codes, weight_grid
+
+__all__ = ["QALoraConfig", "QALoraLayer", "QALoraModel", "learning_groups"]
+
+
+@dataclass
+class QALoraConfig(WeightTunerConfig):
+    """Config of a low-rank update before the quantizer.
+
+    Args:
+        lora_alpha: the update is ``lora_alpha / r * B A``; default ``r``.
+        clip: how the ranges of float layers start, as of :func:`hfq.rounding.nearest.grid_of`.
+        learn_scale: the scales are trained too; zero points never are.
+    """
+
+    lora_alpha: float | None = None
+    clip: str = "none"
+    learn_scale: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type("HFQ_QALORA")
+        if self.clip not in nearest.CLIPS:
+            raise ConfigError(f"clip={self.clip!r}: one of {list(nearest.CLIPS)}")
+
+
+class QALoraLayer(WeightTunerLayer):
+    """``A`` ``[r, columns]``, ``B`` ``[rows, r]``, scale and zero point ``[rows, groups]``, all float32.
+
+    The base stays frozen: the integer codes of a packed layer, or a float weight.
+    """
+
+    adapter_layer_names = ("hfq_qalora_A", "hfq_qalora_B", "hfq_qalora_scale")
+    other_param_names = ("grids", "scaling", "learned", "hfq_qalora_zero")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, where: str) -> None:
+        super().__init__(base_layer, adapter_name, where)
+        self.scaling: dict[str, float] = {}
+        self.learned: dict[str, bool] = {}
+        for name in (*self.adapter_layer_names, "hfq_qalora_zero"):
+            setattr(self, name, nn.ParameterDict())
+
+    def update_layer(self, adapter_name: str, r: int, config: QALoraConfig) -> None:
+        base = self.get_base_layer()
+        r, spec = self._limit(r), config.spec_for(base, self.where)
+        weight = substitute.matrix(base)
+        down = torch.empty(r, weight.shape[1], device=weight.device)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        self.grids[adapter_name], self.learned[adapter_name] = spec, config.learn_scale
+        self.scaling[adapter_name] = 1.0 if config.lora_alpha is None else config.lora_alpha / r
+        self._put("hfq_qalora_A", adapter_name, down)
+        self._put("hfq_qalora_B", adapter_name, torch.zeros(weight.shape[0], r, device=weight.device))
+        if spec is not None:
+            if isinstance(base, OneWeight):
+                one = base.packed("weight")[0]
+                scale, zero = one.scale, one.zero_point
+            else:
+                scale, zero = nearest.grid_of(weight, spec, clip=config.clip)
+            self._put("hfq_qalora_scale", adapter_name, scale.float())
+            if zero is not None:
+                self._put("hfq_qalora_zero", adapter_name, zero.float(), trained=False)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        for name, learned in self.learned.items():
+            if not learned and name in self.hfq_qalora_scale:
+                self.hfq_qalora_scale[name].requires_grad_(False)
+
+    def change(self, adapter: str) -> torch.Tensor:
+        """``scaling B A``, the change of the matrix ``[rows, columns]``."""
+        return self.hfq_qalora_B[adapter] @ self.hfq_qalora_A[adapter] * self.scaling[adapter]
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The change in the layout of the float layer's weight."""
+        base = self.get_base_layer()
+        if isinstance(base, OneWeight):
+            return base.slots["weight"].to_weight(self.change(adapter))
+        return substitute.as_weight(base, self.change(adapter))
+
+    def _sum(self, names: list[str]) -> torch.Tensor:
+        grids = [self.grids[name] for name in names]
+        if any(grid != grids[0] for grid in grids):
+            raise QuantizationError(f"{self.where}: adapters on different grids (groups or bits) cannot be used or "
+                                    f"merged together: {dict(zip(names, grids, strict=True))}")
+        weight = substitute.matrix(self.get_base_layer())
+        for name in names:
+            weight = weight + self.change(name)
+        return weight
+
+    def effective(self, names: list[str]) -> torch.Tensor:
+        """``Q(W + sum of the changes)``; of several adapters, the grid of the first."""
+        weight, spec = self._sum(names), self.grids[names[0]]
+        if spec is None:
+            return weight
+        scale, zero = weight_grid(self.hfq_qalora_scale[names[0]], self._zero(names[0]), spec)
+        return affine.fake(weight, scale, zero, spec)
+
+    @torch.no_grad()
+    def codes(self, names: list[str]) -> Codes | torch.Tensor:
+        weight, spec = self._sum(names), self.grids[names[0]]
+        if spec is None:
+            return weight
+        return weight_codes(weight, self.hfq_qalora_scale[names[0]], self._zero(names[0]), spec)
+
+    def _zero(self, name: str) -> torch.Tensor | None:
+        return self.hfq_qalora_zero.get(name)
+
+
+class QALoraModel(WeightTuner):
+    """The tuner of :class:`QALoraConfig`."""
+
+    prefix = "hfq_qalora_"
+    tuner_layer_cls = QALoraLayer
+
+
+def learning_groups(
+    model: nn.Module, factor: float = 1 / 2500, scale_lr: float = 1e-6, weight_decay: float = 0.01
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser of the Adam kind: the learning rate of a layer's update is ``factor * mean(scale)``.
+
+    An update matters once it exceeds half a step of the grid, and steps differ between layers; Adam does not see a
+    constant factor of the gradient, so the factor belongs to the rate. Scales have no weight decay.
+
+    Raises:
+        ConfigError: no adapter of the model takes gradients.
+    """
+    found: list[dict[str, Any]] = []
+    scales = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QALoraLayer):
+            continue
+        for adapter in layer.known(layer.active_adapters):
+            pair = [p for p in (layer.hfq_qalora_A[adapter], layer.hfq_qalora_B[adapter]) if p.requires_grad]
+            scale = layer.hfq_qalora_scale.get(adapter)
+            rate = factor * (1.0 if scale is None else float(scale.detach().mean()))
+            if pair:
+                found.append({"params": pair, "lr": rate, "weight_decay": weight_decay, "layer": name})
+            if scale is not None and scale.requires_grad:
+                scales.append(scale)
+    if not found:
+        raise ConfigError("no HFQ_QALORA adapter of this model takes gradients: add one, or load it with "
+                          "is_trainable=True")
+    return [*found, *([{"params": scales, "lr": scale_lr, "weight_decay": 0.0, "layer": "scales"}] if scales else [])]
