@@ -11,6 +11,7 @@ import importlib
 import logging
 import sys
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 __all__ = ["WATCHED", "install"]
@@ -43,13 +44,7 @@ def _ready(package: str) -> bool:
 class _Finder(MetaPathFinder):
     """Lets the other finders find, and adds one call after the package has run."""
 
-    def __init__(self) -> None:
-        self.waiting: set[str] = set()  # packages whose import had begun before this finder existed
-        self.busy = False
-
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if self.waiting and not self.busy:
-            self.settle()
         if fullname not in WATCHED:
             return None
         for finder in [other for other in sys.meta_path if other is not self]:
@@ -60,14 +55,24 @@ class _Finder(MetaPathFinder):
                 return spec
         return None
 
-    def settle(self) -> None:
-        self.busy = True
-        try:
-            for package in [name for name in self.waiting if _ready(name)]:
-                self.waiting.discard(package)
-                _register(package)
-        finally:
-            self.busy = False
+
+class _Begun(ModuleSpec):
+    """The spec of a package whose import had begun before :class:`_Finder` existed (it imports torch itself).
+
+    The import system takes a mark off the spec when the package has run, whether or not anything is imported later.
+    """
+
+    @property
+    def _initializing(self) -> bool:
+        return bool(self.__dict__.get("_initializing"))
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        self.__dict__["_initializing"] = value
+        if not value:
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
+            if self.name in sys.modules:  # else it failed
+                _register(self.name)
 
 
 def _call_after(loader: Any, package: str) -> None:
@@ -91,6 +96,6 @@ def install() -> None:
             if _ready(package):
                 _register(package)
             elif package in sys.modules:
-                finder.waiting.add(package)
+                sys.modules[package].__spec__.__class__ = _Begun  # type: ignore[union-attr]
     except Exception as error:  # noqa: BLE001 - torch turns any exception of an entry point into a failed import
         _log.warning("hfq could not install its import hook: %s", error)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from hfq.errors import ConfigError, QuantizationError
@@ -59,8 +60,9 @@ class QALoraLayer(WeightTunerLayer):
         super().__init__(base_layer, adapter_name, where)
         self.scaling: dict[str, float] = {}
         self.learned: dict[str, bool] = {}
-        for name in (*self.adapter_layer_names, "hfq_qalora_zero"):
+        for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        self.hfq_qalora_zero = BufferDict({}, persistent=True)
 
     def update_layer(self, adapter_name: str, r: int, config: QALoraConfig) -> None:
         base = self.get_base_layer()
@@ -80,7 +82,7 @@ class QALoraLayer(WeightTunerLayer):
                 scale, zero = nearest.grid_of(weight, spec, clip=config.clip)
             self._put("hfq_qalora_scale", adapter_name, scale.float())
             if zero is not None:
-                self._put("hfq_qalora_zero", adapter_name, zero.float(), trained=False)
+                self.hfq_qalora_zero[adapter_name] = zero.detach().float()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -126,7 +128,7 @@ class QALoraLayer(WeightTunerLayer):
         return weight_codes(weight, self.hfq_qalora_scale[names[0]], self._zero(names[0]), spec)
 
     def _zero(self, name: str) -> torch.Tensor | None:
-        return self.hfq_qalora_zero.get(name)
+        return self.hfq_qalora_zero[name] if name in self.hfq_qalora_zero else None  # noqa: SIM401 - no get there
 
 
 class QALoraModel(WeightTuner):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 from transformers import TrainerCallback
 
@@ -77,8 +78,10 @@ class RankDecayLayer(WeightTunerLayer):
         super().__init__(base_layer, adapter_name, where)
         self.configs: dict[str, RankDecayConfig] = {}
         self.decays: dict[str, Decay] = {}
-        for name in (*self.adapter_layer_names, *self.other_param_names[3:]):
+        for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        for name in self.other_param_names[3:]:
+            setattr(self, name, BufferDict({}, persistent=True))
 
     def update_layer(self, adapter_name: str, r: int, config: RankDecayConfig) -> None:
         base = self.get_base_layer()
@@ -101,8 +104,8 @@ class RankDecayLayer(WeightTunerLayer):
             left, right = factorise(error, decay.rank)
             self._put("hfq_rank_decay_L", adapter_name, left)
             self._put("hfq_rank_decay_R", adapter_name, right)
-        self._put("hfq_rank_decay_factors", adapter_name, decay.factors(config.step).to(weight.device), trained=False)
-        self._put("hfq_rank_decay_step", adapter_name, torch.tensor([config.step]), trained=False)
+        self.hfq_rank_decay_factors[adapter_name] = decay.factors(config.step).to(weight.device)
+        self.hfq_rank_decay_step[adapter_name] = torch.tensor([config.step])
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     # The weight

@@ -125,9 +125,9 @@ class WeightTunerLayer(nn.Module, BaseTunerLayer):
     def known(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.grids]
 
-    def _put(self, holder: str, name: str, tensor: torch.Tensor, trained: bool = True) -> None:
-        """Store a tensor of adapter ``name``, in its own dtype: small steps vanish in half precision."""
-        getattr(self, holder)[name] = nn.Parameter(tensor.detach().clone(), requires_grad=trained)
+    def _put(self, holder: str, name: str, tensor: torch.Tensor) -> None:
+        """Store a parameter of adapter ``name``, in its own dtype: small steps vanish in half precision."""
+        getattr(self, holder)[name] = nn.Parameter(tensor.detach().clone())
 
     def _limit(self, r: int) -> int:
         rows, columns = substitute.matrix(self.get_base_layer()).shape
