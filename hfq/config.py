@@ -124,7 +124,7 @@ class HfqConfig(QuantizationConfigMixin):
         self._data, self._processor = self.calibration, self.processor
         self.calibration = self.calibration if isinstance(self.calibration, (str, os.PathLike)) else None
         self.processor = self.processor if isinstance(self.processor, str) else None
-        self._environment: Any = None
+        self._environment = self._surroundings = None  # of the run: what the libraries above give
         self._cache = importlib.import_module("hfq.compose").carried(self)
         self.validate()
 

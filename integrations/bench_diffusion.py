@@ -57,10 +57,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Methods that choose widths: label to method and options that give the mean width of weights.
 MIXED: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "MixDQ": ("mixdq", lambda bits: {"target_bits": float(bits)}),
     "ViDiT-Q": ("vidit_q", lambda bits: {"target_bits": float(bits)}),
 }
 # Methods whose rows only some of the demo pipelines have.
-ONLY = {"vidit_q": ("dit",)}  # (of a UNet it leaves the convolutions)
+ONLY = {"vidit_q": ("dit",), "mixdq": ("text", "turbo")}  # (transformers; UNets that read a text)
 
 
 def _meant(method: str, model: str) -> bool:
@@ -125,14 +126,26 @@ def balance(model: str) -> list[Case]:
     return [_float(model), *_rows(model, chosen, ((8, 8), (4, 8), (4, 4)))]
 
 
+def first_token(model: str) -> list[Case]:
+    """The first token of the text exact and on one grid with the others; float inputs of the most sensitive layers."""
+    chosen: dict[str, tuple[str, dict[str, Any]]] = {
+        "MixDQ": ("mixdq", {}),
+        "MixDQ, all inputs quantized": ("mixdq", {"protected": 0.0}),
+        "MixDQ, first token quantized": ("mixdq", {"first_token": False}),
+        "MixDQ, one grid a shortcut": ("mixdq", {"split_shortcut": False}),
+    }
+    return [Case(f"{model}: float, {FLOAT}", model=model), *_rows(model, chosen, ((8, 8),))]
+
+
 TABLES: dict[str, Callable[[str], list[Case]]] = {
     "widths": widths, "narrow": narrow, "mixed": mixed, "trajectory": trajectory,
-    "balance": balance,
+    "balance": balance, "first_token": first_token,
 }  # fmt: skip
 # The demo pipelines that a table is meant for; any other pipeline may be asked too.
 MODELS: dict[str, tuple[str, ...]] = {
     "widths": ("unet", "text", "dit", "turbo"), "narrow": ("text",), "mixed": ("turbo", "dit"),
     "trajectory": ("unet", "text"), "balance": ("dit",),
+    "first_token": ("text", "turbo"),
 }  # fmt: skip
 TITLES = {
     "widths": "One width for all layers",
@@ -140,11 +153,12 @@ TITLES = {
     "mixed": "Widths chosen by layer",
     "trajectory": "What is calibrated on, and how shortcuts are rounded",
     "balance": "Channels balanced by a scale and a rotation",
+    "first_token": "What W8A8 of MixDQ is made of",
 }
 # Model card to its tables.
 CARDS = {
-    "q_diffusion": ("widths", "trajectory"), "mixdq": ("widths", "mixed"), "vidit_q": ("widths", "mixed", "balance"),
-    "dgq": ("widths", "narrow"),
+    "q_diffusion": ("widths", "trajectory"), "mixdq": ("widths", "mixed", "first_token"),
+    "vidit_q": ("widths", "mixed", "balance"), "dgq": ("widths", "narrow"),
 }  # fmt: skip
 
 

@@ -59,6 +59,8 @@ class Record:
         seed: of the noise.
         pipeline, scheduler: names of the classes.
         meant: what was said about guidance: ``False`` if its missing half is meant.
+        prompts: of the pictures, in their order; ``None`` without any.
+        sampling: options that the pipeline was run with; ``None`` if they are not known, or no plain values.
     """
 
     component: str
@@ -69,6 +71,8 @@ class Record:
     pipeline: str = ""
     scheduler: str = ""
     meant: bool | None = None
+    prompts: list[Any] | None = None
+    sampling: dict[str, Any] | None = None
 
 
 class RecordedCalls(Batches):

@@ -59,8 +59,10 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             return
         from hfq.integrations import guard
+        from hfq.integrations.drawing import check_conditioning
         from hfq.layers import swap
 
+        check_conditioning(self._files, getattr(self.quantization_config, "conditioning", None))
         self._header = guard.header(self._files)
         swap.build_empty(model, self.quantization_config.manifest or {})
         expected = guard.packed_tensors(model)

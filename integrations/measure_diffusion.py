@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from hfq.errors import DataError
 from hfq.evaluation.generation import Drawn, frechet, generation, psnr
 from hfq.integrations import inputs_diffusion as inputs
+from hfq.integrations.drawing import draw
 
 __all__ = [
     "conditions", "denoiser", "draw", "general", "inception", "is_pipeline", "judge", "load", "numbers", "resolve",
@@ -110,31 +111,6 @@ def targets(asked: Sequence[Any]) -> Tensor | None:
     if any(one is None for one in asked):
         return None
     return torch.tensor([inputs.digit_of(one) if isinstance(one, str) else int(one) for one in asked])
-
-
-@torch.no_grad()
-def draw(pipe: Any, asked: Sequence[Any], *, seed: int = 0, batch_size: int = 50, **options: Any) -> Tensor:
-    """Pictures float32 ``[N, C, H, W]`` in [0, 1], one for each of ``asked``.
-
-    Every picture has a random generator of its own, so that it does not depend on the batch it is drawn in.
-
-    Args:
-        asked: see :func:`conditions`.
-        options: passed to the pipeline, such as ``num_inference_steps`` and ``guidance_scale``.
-    """
-    found = []
-    for start in range(0, len(asked), batch_size):
-        part = list(asked[start : start + batch_size])
-        random = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        if part[0] is None:
-            given: dict[str, Any] = {"batch_size": len(part)}
-        else:
-            given = {"prompt" if isinstance(part[0], str) else "class_labels": part}
-        images = pipe(**given, generator=random, output_type="pt", **options).images
-        found.append(torch.as_tensor(images).float().cpu())
-    pictures = torch.cat(found)
-    # Some pipelines give arrays with the channels last whatever is asked.
-    return pictures.permute(0, 3, 1, 2) if pictures.shape[-1] in (1, 3) else pictures
 
 
 def sheet(pictures: Tensor, asked: Sequence[Any], path: Path, columns: int = 10) -> Path:

@@ -12,6 +12,7 @@ from hfq import api
 from hfq.config import HfqConfig
 from hfq.errors import ConfigError, DataError
 from hfq.integrations.calls import RecordedCalls
+from hfq.integrations.drawing import Surroundings
 from hfq.integrations.recording import check_precision, component_of, guidance_scale, record_calls
 from hfq.integrations.registration import install_environment
 
@@ -51,7 +52,11 @@ def quantize_pipeline(
         data = _data(pipe, name, config, calibration, options)
         # What is drawn first must come from a pipeline that is whole; only then is the module looked up and changed.
         with _resident(pipe, name) as module:
-            api.quantize(module, config, data)
+            config._surroundings = Surroundings(pipe, name, data)
+            try:
+                api.quantize(module, config, data)
+            finally:
+                config._surroundings = None
     return pipe
 
 

@@ -84,11 +84,18 @@ def record_calls(
                         "guidance is missing")
     config = getattr(getattr(pipe, "scheduler", None), "config", {})
     record = Record(component, recorder.doubled, recorder.length, config.get("num_train_timesteps"), seed,
-                    type(pipe).__name__, type(getattr(pipe, "scheduler", None)).__name__, guidance)  # fmt: skip
+                    type(pipe).__name__, type(getattr(pipe, "scheduler", None)).__name__, guidance,
+                    None if images[0] is None else images, _plain_options(options))  # fmt: skip
     calls = RecordedCalls(recorder.calls, record, store)
     if folder is not None:
         calls.save(folder)
     return calls
+
+
+def _plain_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Options of a call as they can be written down; ``None`` if one cannot."""
+    plain = all(isinstance(value, (str, int, float, bool, type(None))) for value in options.values())
+    return {name: value for name, value in options.items() if name != "output_type"} if plain else None
 
 
 class _Recorder:

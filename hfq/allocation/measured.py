@@ -28,7 +28,8 @@ class ScoreBook:
 
     Args:
         path: of the file; ``None`` keeps them in memory alone.
-        fingerprint: what the numbers depend on. A file of another one is refused.
+        fingerprint: what the numbers depend on. A file that says otherwise is refused; entries that only the file has
+            stay.
 
     Raises:
         CheckpointError: the file is damaged, or of another run.
@@ -47,11 +48,11 @@ class ScoreBook:
             found, numbers = saved["fingerprint"], {str(k): float(v) for k, v in saved["numbers"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path} is damaged: {error}; remove it to measure again") from error
-        if found != self.fingerprint:
-            other = sorted(key for key in {*found, *self.fingerprint} if found.get(key) != self.fingerprint.get(key))
+        other = sorted(key for key, value in self.fingerprint.items() if found.get(key) != value)
+        if other:
             raise CheckpointError(f"{self.path} holds scores of another run ({', '.join(other)} differ): choose "
                                   "another work_dir, or remove it")
-        self.numbers = numbers
+        self.fingerprint, self.numbers = {**found, **self.fingerprint}, numbers
 
     def get(self, name: str, number: Callable[[], float]) -> float:
         """The number called ``name``, computed if it is not known."""

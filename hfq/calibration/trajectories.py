@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from hfq.calibration.rows import batch_rows
 from hfq.errors import DataError
 
-__all__ = ["edges_of", "timesteps_of"]
+__all__ = ["edges_of", "evenly", "timesteps_of"]
 
 
 def timesteps_of(batches: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -50,3 +51,9 @@ def edges_of(timesteps: Sequence[float], parts: int) -> list[float]:
         raise DataError(f"{len(steps)} timesteps for {parts} intervals: record more of the loop")
     places = [round(i * len(steps) / parts) for i in range(1, parts)]
     return [(steps[place - 1] + steps[place]) / 2 for place in places]
+
+
+def evenly(batches: Sequence[Mapping[str, Any]], rows: int) -> list[Mapping[str, Any]]:
+    """Calls spread evenly over the data, of about ``rows`` rows together; at least one."""
+    count = min(len(batches), max(1, rows // max(1, batch_rows(batches[0]))))
+    return [batches[i * len(batches) // count] for i in range(count)]

@@ -62,7 +62,7 @@ def empty(
 ) -> PackedModule:
     """The packed layer of a float module, its tensors empty except for a bias that is there.
 
-    ``parts`` are what a :class:`hfq.layers.conv.QConv2d` has besides: ``coarse``, ``cut``.
+    ``parts`` are what a :class:`hfq.layers.conv.QConv2d` has besides (``coarse``, ``cut``), or a linear (``leading``).
     """
     weight = module.weight  # type: ignore[union-attr]
     rows, columns = matrix_of(module, kind).shape
@@ -84,6 +84,7 @@ def empty(
             compute_dtype=weight.dtype, online=online, device=device, activation=activation,  # type: ignore[arg-type]
         )
         new.float_class = type(module) if kind == "conv1d" else None
+        new.leading = parts.get("leading")
     return new.train(module.training)
 
 

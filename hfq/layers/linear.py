@@ -12,6 +12,7 @@ from hfq.formats import QuantSpec
 from hfq.formats.twin import TwinSpec
 from hfq.kernels import grouped, twin
 from hfq.layers.inputs import InputSpec, describe_input
+from hfq.layers.leading import LeadingToken
 from hfq.layers.one_weight import OneWeight
 from hfq.layers.online import OnlinePart
 from hfq.layers.slot import Slot
@@ -34,6 +35,7 @@ class PackedMatrix(OneWeight):
 
     bias: nn.Parameter | None
     _transposed = False
+    leading: LeadingToken | None  # where the first token is always the same: the others alone are multiplied
     float_class: type[nn.Module] | None = None  # what `dequantize_modules` puts back; None: nn.Linear
 
     def __init__(
@@ -44,6 +46,7 @@ class PackedMatrix(OneWeight):
         slot = Slot(spec, out_features, in_features, transposed=self._transposed)
         super().__init__({"weight": slot}, compute_dtype=compute_dtype, device=device, activation=activation)
         self.in_features, self.out_features = in_features, out_features
+        self.leading = None
         if online is not None:
             self.online = online
         self._take_bias(bias, device)
@@ -51,6 +54,9 @@ class PackedMatrix(OneWeight):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, dtype of ``x`` (of the autocast region
         inside one, and no narrower than ``compute_dtype`` outside)."""
+        return self._product(x) if self.leading is None else self.leading(x, self._product)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         x = self._arriving(x)
         if self.banks is not None:
             return self._grouped(x)
@@ -71,7 +77,8 @@ class PackedMatrix(OneWeight):
         return grouped.linear(x, self.banks.bank(), self.operand("weight"), self.bias)
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "activation": describe_input(self.activation)}
+        leading = {} if self.leading is None else {"leading": self.leading.describe()}
+        return {**super().describe(), "activation": describe_input(self.activation), **leading}
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.bias is not None else ", no bias")

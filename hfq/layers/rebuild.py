@@ -17,6 +17,7 @@ from hfq.layers.conv import geometry_of
 from hfq.layers.experts import pack_experts
 from hfq.layers.inputs import activation_of, online_of
 from hfq.layers.kinds import empty, kind_of, matrix_of
+from hfq.layers.leading import empty_leading
 from hfq.layers.one_weight import OneWeight
 from hfq.layers.packed import PackedModule
 from hfq.layers.slot import Slot
@@ -202,7 +203,7 @@ def _builder(
     if actual != kind:
         raise CheckpointError(f"{name}: the manifest says {kind}, the model has {type(module).__name__}")
     later = {"activation"} & set(entry)  # entries from before there were activation formats have none
-    later |= {"coarse", *({"cut"} & set(entry))} if kind == "conv2d" else set()
+    later |= {"coarse", *({"cut"} & set(entry))} if kind == "conv2d" else {"leading"} & set(entry)
     record.fields(name, entry, {"kind", "in_features", "out_features", "bias", "spec", "online", *later})
     rows, columns = matrix_of(module, kind).shape
     record.size(name, entry, "out_features", rows)
@@ -212,11 +213,11 @@ def _builder(
     if not isinstance(bias, bool) or (kind == "embedding" and (bias or transform is not None)):
         raise CheckpointError(f"{name}: bias={bias!r}, online={transform!r} in the manifest")
     online, activation = online_of(name, transform, columns, device), activation_of(name, entry)
-    parts = {} if kind != "conv2d" else {
+    parts = {"leading": empty_leading(name, entry.get("leading"), columns, rows, device)} if kind != "conv2d" else {
         "coarse": _coarse(name, module, entry["coarse"], activation), "cut": _cut(name, module, entry.get("cut"))}
     if parts.get("cut") is not None and (parts["coarse"] is not None or online is not None):
         raise CheckpointError(f"{name}: a cut input and other parts besides in the manifest")
-    if kind == "embedding" and activation is not None:
+    if kind == "embedding" and (activation is not None or parts["leading"] is not None):
         raise CheckpointError(f"{name}: an embedding has no inputs to quantize; the manifest says {dict(entry)}")
     return lambda: empty(module, kind, spec, online, bias, device, activation, **parts)
 

@@ -116,7 +116,7 @@ def swap(
     if report is not None:
         report.add(Row(
             name, kind=kind, reason=reason, asked=_asked(asked or codes.spec.to_dict(), activation),
-            bits=_bits(codes, others, weight.numel(), online, activation),
+            bits=_bits(codes, others, weight.numel(), online, activation, 1 if second is None else 2),
             numel=weight.numel(), error=distance, tokens=tokens, kernel=kernel_of(new),
             extra=_extra(extra, activation),
         ))  # fmt: skip
@@ -192,12 +192,13 @@ def swap_experts(
 
 
 def _bits(
-    codes: Codes, others: Sequence[Codes], numel: int, online: OnlinePart | None, activation: InputSpec | None
+    codes: Codes, others: Sequence[Codes], numel: int, online: OnlinePart | None, activation: InputSpec | None,
+    halves: int = 1,
 ) -> float:
-    """Stored bits for each of ``numel`` weights, with all that comes along."""
+    """Stored bits for each of ``numel`` weights, with all that comes along; ``halves`` of the input have ranges."""
     stored = sum(one.bits_per_weight() * one.codes.numel() for one in (codes, *others))
     stored += 0 if online is None else 8 * sum(p.nbytes for p in online.parameters())
-    stored += 8 * sum(dtype.itemsize for dtype in input_shapes(activation).values())
+    stored += 8 * halves * sum(dtype.itemsize for dtype in input_shapes(activation).values())
     return stored / numel
 
 

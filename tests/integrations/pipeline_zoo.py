@@ -27,11 +27,9 @@ def text_unet(**more: Any) -> diffusers.UNet2DConditionModel:
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
              "block_out_channels": (16, 32), "norm_num_groups": 8, "attention_head_dim": 8,
-             "cross_attention_dim": 16}  # fmt: skip
-    return diffusers.UNet2DConditionModel(
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        **{**sizes, **more},
-    ).eval()
+             "cross_attention_dim": 16, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}  # fmt: skip
+    return diffusers.UNet2DConditionModel(**{**sizes, **more}).eval()
 
 
 def transformer(**more: Any) -> diffusers.DiTTransformer2DModel:

@@ -62,9 +62,9 @@ INTEGER_ONLY = {"i_llm"}
 CONVOLUTIONAL = {"cfws"}
 # Made for images: their rows are in test_matrix_vision.py, or in a method's own file.
 VISION = {"repquant", "noisyquant", "aphq_vit", "lrp_qvit", "mptq_vit", "adaquant"}
-# Made for diffusion models: their rows are in test_matrix_diffusion.py, or in a method's own file where they quantize
-# transformers only.
-DIFFUSION = {"q_diffusion", "vidit_q", "dgq"}
+# Made for diffusion models: their rows are in test_matrix_diffusion.py, or these checks are in a method's own file
+# (transformers only; a text with a first token).
+DIFFUSION = {"q_diffusion", "mixdq", "vidit_q", "dgq"}
 # Leaves weights alone; every method can carry it.
 CACHES = {"kvquant"}
 COMMON = {"group_size": 32, "calibration_samples": 12, "calibration_seqlen": 16, "progress": False}
