@@ -134,7 +134,7 @@ def first_token(model: str) -> list[Case]:
         "MixDQ, first token quantized": ("mixdq", {"first_token": False}),
         "MixDQ, one grid a shortcut": ("mixdq", {"split_shortcut": False}),
     }
-    return [Case(f"{model}: float, {FLOAT}", model=model), *_rows(model, chosen, ((8, 8),))]
+    return [_float(model), *_rows(model, chosen, ((8, 8),))]
 
 
 TABLES: dict[str, Callable[[str], list[Case]]] = {
