@@ -117,7 +117,7 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
         from hfq.integrations import guard
 
         if (model := self._model()) is not None:
-            guard.renew(self.quantization_config.manifest, model)
+            guard.renew(self.quantization_config, model)
         return True
 
     def get_state_dict_and_metadata(

@@ -7,6 +7,7 @@ expert tensor's own name) with one more axis: such a loader finds the name, meet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -92,12 +93,24 @@ def packed_tensors(model: Any) -> dict[str, Any]:
     }
 
 
-def renew(manifest: Mapping[str, Any] | None, model: Any) -> None:
-    """Bring the layers of a manifest up to date: merging an adapter may have changed the grid of a layer."""
-    layers = (manifest or {}).get("layers", {})
+def renew(config: Any, model: Any) -> None:
+    """Bring manifest and report up to date: merging an adapter may have changed the grid of a layer."""
+    layers = (config.manifest or {}).get("layers", {})
+    report = getattr(model, "hfq_report", None)
+    changed = 0
     for name, module in model.named_modules():
-        if name in layers and isinstance(module, PackedModule):
-            layers[name] = module.describe()
+        if name not in layers or not isinstance(module, PackedModule) or layers[name] == module.describe():
+            continue
+        layers[name] = module.describe()
+        row = None if report is None else report.rows.get(name)
+        if row is not None and row.numel:
+            shapes = [shape for slot in module.slots.values() for shape in slot.shapes.values()]
+            row.bits = sum(8 * math.prod(shape) * dtype.itemsize for shape, dtype in shapes) / row.numel
+            changed += 1
+    if changed:
+        report.note(f"the grids of {changed} layers are no longer those of the method: adapters were merged into them")
+        if config.summary is not None:
+            config.summary["bits_per_weight"] = report.bits_per_weight()
 
 
 def with_rename(model: Any, conversions: Iterable[Any]) -> list[Any]:

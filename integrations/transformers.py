@@ -106,7 +106,7 @@ class HfqHfQuantizer(HfQuantizer):
         """The report travels in the header of every weight file; names are changed by the model's conversions."""
         from hfq.integrations import guard
 
-        guard.renew(self.quantization_config.manifest, model)  # before the config is written
+        guard.renew(self.quantization_config, model)  # before the config is written
         metadata = {"hfq_format_version": str(self.quantization_config.format_version)}
         report = getattr(model, "hfq_report", None)
         if report is not None:

@@ -36,3 +36,7 @@ def register() -> None:
     preparation.register()
     registry.add("hfq_qalora", qalora.QALoraConfig, qalora.QALoraModel)
     registry.add("hfq_rank_decay", rank_decay.RankDecayConfig, rank_decay.RankDecayModel)
+
+
+# Registers, whichever of the two is imported first: the modules here need a PEFT that has run to its end.
+import peft  # noqa: E402, F401

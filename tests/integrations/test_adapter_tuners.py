@@ -372,6 +372,18 @@ def test_an_adapter_of_another_base(make, load, tmp_path):
     assert all(p.dtype == torch.float32 for name, p in half.named_parameters() if name.endswith(("_A", "_L.default")))
 
 
+def test_configs_before_peft(child):
+    """Whichever library is imported first, the types are there."""
+    found = child("""
+import hfq
+out["type"] = hfq.RankDecayConfig(phase_steps=3).peft_type.value
+from hfq.integrations.peft.qalora import QALoraConfig
+import peft
+out["known"] = peft.PeftConfig.from_peft_type(peft_type="HFQ_QALORA", r=3).r
+""")
+    assert found["type"] == "HFQ_RANK_DECAY" and found["known"] == 3 and "could not register" not in found["stderr"]
+
+
 def test_loaded_without_hfq(load, tmp_path, child):
     get_peft_model(load("packed"), qalora("packed")).save_pretrained(tmp_path / "one")
     get_peft_model(load(), decay()).save_pretrained(tmp_path / "two")
