@@ -20,7 +20,6 @@ from hfq.integrations.peft.registry import peft_type
 from hfq.integrations.peft.tuner import WeightTuner, WeightTunerConfig, WeightTunerLayer
 from hfq.layers import substitute
 from hfq.layers.one_weight import OneWeight
-from hfq.rounding import nearest
 from hfq.rounding.learned_step import weight_codes, weight_grid
 
 __all__ = ["QALoraConfig", "QALoraLayer", "QALoraModel", "learning_groups"]
@@ -43,6 +42,8 @@ class QALoraConfig(WeightTunerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("HFQ_QALORA")
+        from hfq.rounding import nearest  # loading a packed model imports this file, and needs no solver
+
         if self.clip not in nearest.CLIPS:
             raise ConfigError(f"clip={self.clip!r}: one of {list(nearest.CLIPS)}")
 
@@ -79,6 +80,8 @@ class QALoraLayer(WeightTunerLayer):
                 one = base.packed("weight")[0]
                 scale, zero = one.scale, one.zero_point
             else:
+                from hfq.rounding import nearest
+
                 scale, zero = nearest.grid_of(weight, spec, clip=config.clip)
             self._put("hfq_qalora_scale", adapter_name, scale.float())
             if zero is not None:

@@ -22,7 +22,6 @@ from hfq.formats import Codes, QuantSpec, affine
 from hfq.integrations.peft.registry import peft_type
 from hfq.integrations.peft.tuner import WeightTuner, WeightTunerConfig, WeightTunerLayer
 from hfq.layers import substitute
-from hfq.rounding import nearest
 from hfq.rounding.learned_step import weight_codes, weight_grid
 from hfq.training.decay import Decay, factorise, refactorise
 
@@ -95,6 +94,8 @@ class RankDecayLayer(WeightTunerLayer):
             self._put("hfq_rank_decay_weight", adapter_name, weight)
         error = torch.zeros_like(weight)
         if spec is not None:
+            from hfq.rounding import nearest  # loading a packed model imports this file, and needs no solver
+
             scale, zero = nearest.grid_of(weight, spec, clip="mse", norm=2.4)
             self._put("hfq_rank_decay_scale", adapter_name, scale.float())
             if zero is not None:
