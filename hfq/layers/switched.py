@@ -17,7 +17,7 @@ from hfq.errors import CheckpointError, QuantizationError
 from hfq.layers import times
 from hfq.layers.kinds import kind_of
 
-__all__ = ["Switched", "child_name", "collapse", "describe", "empty_switched", "install", "interval", "listen"]
+__all__ = ["Switched", "child_name", "collapse", "describe", "empty_switched", "install", "interval"]
 
 
 def interval(timestep: float, edges: Sequence[float]) -> int:
@@ -30,7 +30,7 @@ def child_name(bits: int) -> str:
     return f"bits{bits}"
 
 
-class Switched(nn.Module):
+class Switched(times.Follower, nn.Module):
     """In the place of one layer: children "bits4", "bits8", ...; ``schedule[i]`` computes in interval ``i``.
 
     Args:
@@ -63,7 +63,7 @@ class Switched(nn.Module):
                                     "that it is part of, with timestep=...")
         return self._modules[child_name(self.schedule[self.now])]  # type: ignore[return-value]
 
-    def choose(self, timestep: float) -> None:
+    def follow(self, timestep: float) -> None:
         """Compute with the width of the interval that ``timestep`` is in."""
         self.now = interval(timestep, self.edges)
 
@@ -88,21 +88,6 @@ class Switched(nn.Module):
         return f"schedule {list(self.schedule)}, edges {list(self.edges)}"
 
 
-# A function of the module that it hangs on, so that a deep copy of a model tells its own layers.
-@torch.compiler.disable
-def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    timestep = times.read(module, args, kwargs)
-    for part in module.modules():
-        if isinstance(part, Switched):
-            part.choose(timestep)
-
-
-def listen(model: nn.Module) -> None:
-    """Make ``model`` tell the layers in it the timestep of every call."""
-    if _tell not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_tell, with_kwargs=True)
-
-
 def install(model: nn.Module, name: str, schedule: Sequence[int], edges: Sequence[float]) -> Switched:
     """Put copies of the float layer ``name`` in its place, one for each width of the schedule, to be packed one by one.
 
@@ -113,7 +98,7 @@ def install(model: nn.Module, name: str, schedule: Sequence[int], edges: Sequenc
     kind_of(module)
     part = Switched({bits: copy.deepcopy(module) for bits in set(schedule)}, schedule, edges).train(module.training)
     model.set_submodule(name, part)
-    listen(model)
+    times.listen(model)
     return part
 
 
@@ -122,10 +107,6 @@ def collapse(model: nn.Module) -> list[str]:
     found = [name for name, module in model.named_modules() if isinstance(module, Switched)]
     for name in found:
         model.set_submodule(name, model.get_submodule(name).widest)  # type: ignore[arg-type]
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _tell:
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
     return found
 
 

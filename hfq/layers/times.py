@@ -1,7 +1,8 @@
 """The noise level at which a denoiser is called: what its parts are told apart by.
 
-A model that was calibrated level by level has hooks that read the timestep of every call. Its parts ask for the nearest
-level that was calibrated, so that schedulers and numbers of steps may change.
+A model with such parts has hooks that read the timestep of every call. Its parts ask for the nearest level that was
+calibrated (:class:`NoiseLevels`), or are told the timestep before the call (:class:`Follower`): either way schedulers
+and numbers of steps may change.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
 
-__all__ = ["NoiseLevels", "at", "describe", "from_manifest", "install", "of", "position_of", "read", "remove"]
+__all__ = [
+    "Follower", "NoiseLevels", "at", "describe", "from_manifest", "install", "listen", "of", "position_of", "read",
+    "remove",
+]  # fmt: skip
 
 # What denoisers call it.
 _ARGUMENT = "timestep"
@@ -129,17 +133,39 @@ def _push(level: float) -> None:
     _RUNNING.values.append(level)
 
 
+class Follower:
+    """Base of modules that are told the timestep of every call of the model around them, before it."""
+
+    def follow(self, timestep: float) -> None:
+        raise NotImplementedError
+
+
+# Both are functions of the module that they hang on, so that a deep copy of a model tells its own parts. A compiled
+# graph may depend on what parts make of the timestep, not on the timestep: that would be a graph a step.
+@torch.compiler.disable
 def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-    _push(read(module, args, kwargs))
+    timestep = read(module, args, kwargs)
+    for part in module.modules():
+        if isinstance(part, Follower):
+            part.follow(timestep)
+    _push(timestep)
 
 
+@torch.compiler.disable
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     if getattr(_RUNNING, "values", None):
         _RUNNING.values.pop()
 
 
+def listen(model: nn.Module) -> None:
+    """Make every call of ``model`` tell its parts the timestep; once is enough."""
+    if _enter not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_enter, with_kwargs=True)
+        model.register_forward_hook(_leave, always_call=True)
+
+
 def install(model: nn.Module, levels: NoiseLevels) -> NoiseLevels:
-    """Make every call of ``model`` tell its parts the timestep.
+    """Give ``model`` its calibrated levels, and :func:`listen`.
 
     Raises:
         QuantizationError: the model takes no timestep, or has levels already.
@@ -148,15 +174,13 @@ def install(model: nn.Module, levels: NoiseLevels) -> NoiseLevels:
     if of(model) is not None:
         raise QuantizationError(f"{type(model).__name__} has noise levels already")
     model.__dict__[_ATTRIBUTE] = levels
-    model.register_forward_pre_hook(_enter, with_kwargs=True)
-    model.register_forward_hook(_leave, always_call=True)
+    listen(model)
     return levels
 
 
 def remove(model: nn.Module) -> None:
-    """Undo :func:`install`."""
-    if model.__dict__.pop(_ATTRIBUTE, None) is None:
-        return
+    """Undo :func:`install` and :func:`listen`."""
+    model.__dict__.pop(_ATTRIBUTE, None)
     for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _enter]:
         del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
     for key in [key for key, hook in model._forward_hooks.items() if hook is _leave]:

@@ -76,6 +76,27 @@ def test_copies_and_removal() -> None:
     assert times.of(net) is None and not net._forward_hooks and not net._forward_pre_hooks and not times.describe(net)
 
 
+class Part(times.Follower, nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[float] = []
+
+    def follow(self, timestep: float) -> None:
+        self.told.append(timestep)
+
+
+def test_parts_are_told_by_the_hooks_that_levels_use() -> None:
+    net = Denoiser()
+    net.part = Part()
+    times.listen(net)
+    times.install(net, NoiseLevels([900, 500]))
+    times.listen(net)
+    other = copy.deepcopy(net)
+    net(torch.zeros(1), 700.5)
+    assert len(net._forward_pre_hooks) == len(net._forward_hooks) == 1
+    assert net.part.told == [700.5] and other.part.told == [] and net.seen == [0]
+
+
 def test_manifests() -> None:
     net = Denoiser()
     assert times.from_manifest(net, [5, 2.5]).levels == (5.0, 2.5) and times.of(net) is None
