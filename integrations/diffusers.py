@@ -59,7 +59,7 @@ class HfqDiffusersQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             return
         from hfq.integrations import guard
-        from hfq.integrations.drawing import check_conditioning
+        from hfq.integrations.conditioning import check_conditioning
         from hfq.layers import swap
 
         check_conditioning(self._files, getattr(self.quantization_config, "conditioning", None))

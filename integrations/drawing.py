@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hfq.errors import CheckpointError, DataError
+from hfq.errors import DataError
 from hfq.integrations.calls import RecordedCalls
+from hfq.integrations.conditioning import digest
 
-__all__ = ["Surroundings", "check_conditioning", "digest", "draw"]
+__all__ = ["Surroundings", "draw"]
 
 _ENCODERS = "text_encoder"  # and those with a number behind
 
@@ -95,40 +93,3 @@ def _silent(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**before)
         for module in models:
             module.train()
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the tensors of a model in any order: names on disk and in memory may differ."""
-    parts = []
-    for tensor in tensors:
-        one = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        one.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        parts.append(one.digest())
-    return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
-
-
-def check_conditioning(files: Sequence[str], recorded: Any) -> None:
-    """Raise :class:`CheckpointError` if the text encoders beside a model are not those that it was quantized with.
-
-    Args:
-        files: of the model's weights, in its folder of the pipeline.
-        recorded: component → digest, of the model's config. Encoders whose folders are not there are passed over: what
-            comes from them is compared when the model runs.
-    """
-    for name, known in (recorded or {}).items():
-        folder = Path(files[0]).parent.parent / name if files else Path(name)
-        weights = sorted(folder.glob("*.safetensors")) if files else []
-        if not weights:
-            continue
-        tensors = []
-        try:
-            for path in weights:
-                with safe_open(path, framework="pt") as file:
-                    tensors += [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118
-        except SafetensorError as error:
-            raise CheckpointError(f"{folder} is damaged: {error}") from error
-        if digest(tensors) != known:
-            raise CheckpointError(
-                f"{folder} holds another {name} than the one that this model was quantized with: the keys and values "
-                "of its first token are stored in the model. Put the encoder back, in the dtype it had, or quantize "
-                "the model again")

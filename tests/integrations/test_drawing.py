@@ -10,7 +10,8 @@ pytest.importorskip("diffusers")
 
 import hfq
 from hfq.errors import CheckpointError, DataError
-from hfq.integrations.drawing import Surroundings, check_conditioning, digest, draw
+from hfq.integrations.conditioning import check_conditioning, digest
+from hfq.integrations.drawing import Surroundings, draw
 
 
 def test_pictures_are_those_of_the_recording(zoo, tmp_path):
