@@ -125,21 +125,15 @@ def _round(plan: Any, config: DGQConfig, report: Report) -> None:
 
 def _learn(model: Any, data: Any, config: DGQConfig, report: Report) -> None:
     """Steps 1 and 2, unit by unit on the inputs that the units before it give with their rounded weights."""
-    from hfq.calibration.reference import Reference, copy_of
-    from hfq.calibration.walk import generator, walk
-    from hfq.reconstruction import loop, phases
+    from hfq.calibration.reference import copy_of
+    from hfq.reconstruction import learned_units, phases
 
     how = phases.Ranges(config.spec_for, config.inputs_for, config.weight_range, seed=config.seed)
     course = phases.Course(config.steps, config.lr, batch_size=config.batch_size, penalty=config.penalty,
                            sharp=(config.penalty_start, config.penalty_end), warmup=config.warmup)
     plan, full = (config.traced_plan(one, data, units=True) for one in (model, copy_of(model)))
-    with Reference(full, data) as floats:
-        for step in walk(plan, data, report=report, **config.walk_options()):
-            gates, targets = phases.roundings(step, how), floats.step(step.block.name).outputs
-            curve = phases.fit_weights(step, gates, targets, course, generator(config.seed, step.index))
-            report.curves[step.block.name] = loop.thinned(curve)
-            phases.harden(step, gates)
-            phases.pack(step, phases.held(step.kept, config.spec_for), phases.Inputs(), how)
+    learned_units.learn(plan, full, data, how, course, report, seed=config.seed, **config.walk_options(),
+                        after=lambda step, rounded: phases.pack(step, rounded, phases.Inputs(), how))
 
 
 def _probabilities(config: DGQConfig, bits: int) -> Any:

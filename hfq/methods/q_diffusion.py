@@ -86,33 +86,25 @@ class QDiffusionConfig(HfqConfig):
 
 def quantize(model: Any, data: Any, config: QDiffusionConfig, report: Report) -> None:
     """Learn the rounding of every unit, in the order of execution; then the steps of its inputs, and pack it."""
-    from hfq.calibration.reference import Reference, copy_of
-    from hfq.calibration.walk import generator, walk
+    from hfq.calibration.reference import copy_of
     from hfq.graph import joins
-    from hfq.reconstruction import loop, phases
+    from hfq.reconstruction import learned_units, phases
 
     plan = config.traced_plan(model, data, units=True)
     if not plan.sites:
         return
     full = copy_of(model)
     cuts = joins.find(plan, _trace(plan, model, data, config)) if config.split_shortcut else {}
-    how, course, rounded = _ranges(config, cuts), _course(config), {}
+    how, course = _ranges(config, cuts), _course(config)
     behind = any(config.inputs_for(site.name) != 16 for site in plan.sites)
 
-    def restored(step: Any, kept: Any) -> None:
-        rounded.update(phases.held(kept, config.spec_for))
+    def pack(step: Any, rounded: Any) -> None:
+        phases.pack(step, rounded, phases.Inputs(), how)
 
-    options = _options(config, "weights")
-    with Reference(config.traced_plan(full, data, units=True), data) as floats:
-        for step in walk(plan, data, report=report, restored=restored, **options):  # 7
-            gates = phases.roundings(step, how)
-            targets = floats.step(step.block.name).outputs
-            curve = phases.fit_weights(step, gates, targets, course, generator(config.seed, step.index))
-            report.curves[step.block.name] = loop.thinned(curve)
-            phases.harden(step, gates)
-            rounded.update(phases.held(step.kept, config.spec_for))
-            if not behind:
-                phases.pack(step, rounded, phases.Inputs(), how)
+    rounded = learned_units.learn(
+        plan, config.traced_plan(full, data, units=True), data, how, course, report, seed=config.seed,
+        after=None if behind else pack, **_options(config, "weights"),
+    )  # 7
     if behind:
         _inputs(model, full, data, how, course, rounded, config, report)
 
