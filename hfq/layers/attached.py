@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
+from hfq.layers.hooks import unhook
 
 __all__ = [
     "CHILD", "AttachedPart", "OutputAffine", "Rectifier", "ScaledSiLU", "attach_affine", "attached", "detach_affine",
@@ -128,7 +129,6 @@ class Rectifier(AttachedPart):
         return {"kind": "relu"}
 
 
-# A function of the module that it hangs on, so that a deep copy of a model uses its own tensors.
 def _apply_affine(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return module.hfq_matrix(output)
 
@@ -149,9 +149,7 @@ def attach_affine(module: nn.Module, part: OutputAffine) -> None:
 def detach_affine(module: nn.Module) -> None:
     """Undo :func:`attach_affine`."""
     if module._modules.pop(CHILD, None) is not None:
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is _apply_affine:
-                del module._forward_hooks[key]
+        unhook(module, _apply_affine)
 
 
 def install_scaled(model: nn.Module, name: str, part: ScaledSiLU) -> None:

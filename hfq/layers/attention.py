@@ -20,6 +20,7 @@ from hfq.formats import ActivationSpec, activation
 from hfq.formats.kv import KVFormat, SideSpec
 from hfq.kernels import hadamard
 from hfq.layers import processors, rotary, routing
+from hfq.layers.hooks import unhook
 from hfq.layers.kv_cache import CacheQuant, empty_cache
 from hfq.layers.kv_store import KVStore
 from hfq.layers.routing import find, observing
@@ -259,8 +260,7 @@ def uninstall(model: nn.Module) -> list[str]:
         config = routing.config_of(model, name)
         module = model.get_submodule(name)
         del module._modules[CHILD]
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _before]:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        unhook(module, _before)
         processors.release(module)
         if config is not None:
             routing.set_route(config, routing.back(config._attn_implementation))

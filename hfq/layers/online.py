@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
+from hfq.layers.hooks import unhook
 from hfq.layers.parts import ChannelScale, Hadamard, OnlinePart, mix, order, sign_vector, unmix
 
 __all__ = [
-    "ChannelScale", "Hadamard", "OnlinePart", "StreamRotation", "attach", "empty_rotation", "install_rotation",
-    "rotations", "turn_input", "turn_output",
+    "ChannelScale", "Hadamard", "OnlinePart", "StreamRotation", "attach", "detach", "empty_rotation",
+    "install_rotation", "rotations", "turn_input", "turn_output",
 ]  # fmt: skip
 
 Side = Literal["in", "out"]
@@ -101,9 +102,6 @@ def _orthogonal(size: int, matrix: torch.Tensor | None, device: Any) -> torch.Te
     return q.float().contiguous()
 
 
-# The hooks are functions of the module that they hang on, so that a deep copy of a model rotates by its own tensors.
-
-
 def _rotate_in(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     return turn_input(module.hfq_rotation_in, module, args, kwargs)
 
@@ -155,6 +153,13 @@ def attach(block: nn.Module, rotation: StreamRotation) -> None:
         block.register_forward_pre_hook(_rotate_in, with_kwargs=True)
     else:
         block.register_forward_hook(_rotate_out, prepend=True)
+
+
+def detach(block: nn.Module) -> None:
+    """Undo :func:`attach`, on both sides."""
+    unhook(block, _rotate_in, _rotate_out)
+    for child in _CHILD.values():
+        block._modules.pop(child, None)
 
 
 def install_rotation(

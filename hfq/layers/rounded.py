@@ -12,6 +12,7 @@ from hfq.errors import CheckpointError, ConfigError, HfqError, QuantizationError
 from hfq.formats import ActivationSpec, activation
 from hfq.formats.activation import Parameters
 from hfq.layers.attached import AttachedPart
+from hfq.layers.hooks import unhook
 from hfq.layers.manifest import fields
 
 __all__ = ["CHILD", "RoundedInput", "attach_rounding", "describe", "empty_rounded", "remove"]
@@ -50,7 +51,6 @@ class RoundedInput(AttachedPart):
         return f"{self.spec.bits} bits"
 
 
-# A function of the module that it hangs on, so that a deep copy of a model uses its own tensors.
 def _round(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
         return (module.hfq_rounded(args[0]), *args[1:]), kwargs  # type: ignore[operator]
@@ -81,10 +81,7 @@ def remove(model: nn.Module) -> list[str]:
     found = [name for name, module in model.named_modules() if CHILD in module._modules]
     for module in (model.get_submodule(name) for name in found):
         del module._modules[CHILD]
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is _round:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        unhook(module, _round)
     return found
 
 

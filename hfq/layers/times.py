@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
+from hfq.layers.hooks import unhook
 
 __all__ = [
     "Follower", "NoiseLevels", "at", "describe", "from_manifest", "install", "listen", "of", "position_of", "read",
@@ -140,8 +141,7 @@ class Follower:
         raise NotImplementedError
 
 
-# Both are functions of the module that they hang on, so that a deep copy of a model tells its own parts. A compiled
-# graph may depend on what parts make of the timestep, not on the timestep: that would be a graph a step.
+# A compiled graph may depend on what parts make of the timestep, not on the timestep: that would be a graph a step.
 @torch.compiler.disable
 def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
     timestep = read(module, args, kwargs)
@@ -181,11 +181,7 @@ def install(model: nn.Module, levels: NoiseLevels) -> NoiseLevels:
 def remove(model: nn.Module) -> None:
     """Undo :func:`install` and :func:`listen`."""
     model.__dict__.pop(_ATTRIBUTE, None)
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _enter]:
-        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
-    for key in [key for key, hook in model._forward_hooks.items() if hook is _leave]:
-        del model._forward_hooks[key]
-        model._forward_hooks_always_called.pop(key, None)
+    unhook(model, _enter, _leave)
 
 
 def of(model: nn.Module) -> NoiseLevels | None:

@@ -174,14 +174,7 @@ def _roll_back(model: nn.Module, pair: Pair, saved: dict[torch.Tensor, torch.Ten
     for parameter, before in saved.items():
         parameter.copy_(before)
     for name in {pair.blocks[0], pair.blocks[-1]}:
-        block = model.get_submodule(name)
-        for hooks in (block._forward_pre_hooks, block._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if getattr(hook, "__module__", None) == online.__name__:
-                    del hooks[key]
-                    block._forward_pre_hooks_with_kwargs.pop(key, None)
-        for child in ("hfq_rotation_in", "hfq_rotation_out"):
-            block._modules.pop(child, None)
+        online.detach(model.get_submodule(name))
 
 
 # -- heads -----------------------------------------------------------------------------------------------------------
