@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import threading
@@ -188,8 +189,20 @@ def watched(work: Callable[[], Any]) -> int:
     return peak[0]
 
 
+def exact_pages() -> None:
+    """Make this process hold just the pages of what is alive.
+
+    By default glibc learns to take even large tensors from its heap, whose holes come and go by chance: the peak inside
+    one block then says more about the process that this one was forked from than about the walk.
+    """
+    mallopt = ctypes.CDLL(None).mallopt
+    threshold, trim = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    assert mallopt(threshold, 65536) and mallopt(trim, 65536)
+
+
 def measure(depth: int, folder: str, result: Any) -> None:
     """Peak of loading with everything on disk and quantizing."""
+    exact_pages()
     ids = torch.randint(0, 100, (4, 128))
     everything = {**RESIDENT, **{f"model.layers.{i}": "disk" for i in range(depth)}}
 
@@ -209,6 +222,7 @@ def measure(depth: int, folder: str, result: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux process statistics")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
 def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     context, peaks = multiprocessing.get_context("fork"), {}
     for depth in (4, 16):
@@ -221,5 +235,6 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         peaks[depth] = result.get(timeout=120)
         child.join()
     block = 4 * (2 * 512 * 512 * 1.5 + 3 * 512 * 2048)
-    assert peaks[16] < 1.1 * peaks[4], peaks
+    # Short peaks can escape the samples. Twelve more blocks that stayed, packed, would be far above this.
+    assert peaks[16] < peaks[4] + block, (peaks, block)
     assert peaks[16] < 0.5 * 16 * block, (peaks, block)
