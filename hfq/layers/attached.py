@@ -15,6 +15,7 @@ from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.layers.hooks import unhook
+from hfq.layers.manifest import present
 
 __all__ = [
     "CHILD", "AttachedPart", "OutputAffine", "Rectifier", "ScaledSiLU", "attach_affine", "attached", "detach_affine",
@@ -205,12 +206,9 @@ def empty_attached(model: nn.Module, entry: Mapping[str, Any], place: str, width
     if isinstance(size, bool) or not isinstance(size, int) or size not in widths:
         raise CheckpointError(f"{where} in the manifest has size {size!r}, which fits nothing there")
     device = next((p.device for p in module.parameters()), next(model.parameters()).device)
-    asked = {key: value for key, value in entry.items() if key != "module"}
-    present = module._modules.get(CHILD) if kind == "affine" else module if isinstance(module, ScaledSiLU) else None
-    if present is not None:
-        if present.describe() == asked:  # type: ignore[operator]
-            return None
-        raise CheckpointError(f"{where} is there already, and otherwise than the manifest says")
+    found = module._modules.get(CHILD) if kind == "affine" else module if isinstance(module, ScaledSiLU) else None
+    if present(found, entry, where):
+        return None
     if kind == "silu":
         _check_activation(module, where)
         return ScaledSiLU(size, device=device)

@@ -23,6 +23,7 @@ from hfq.layers import processors, rotary, routing
 from hfq.layers.hooks import unhook
 from hfq.layers.kv_cache import CacheQuant, empty_cache
 from hfq.layers.kv_store import KVStore
+from hfq.layers.manifest import present
 from hfq.layers.routing import find, observing
 
 __all__ = ["AttentionQuant", "attend", "describe", "empty_part", "find", "install", "installed", "observing", "parts"]
@@ -318,11 +319,8 @@ def empty_part(module: nn.Module, entry: Mapping[str, Any], name: str) -> Attent
     known = {"module", "head_dim", "hadamard", "query", "key", "value", "kv"}
     if set(entry) != known or not isinstance(entry["hadamard"], bool) or not _is_size(entry["head_dim"]):
         raise CheckpointError(f"the attention of {name!r} in the manifest is damaged: {dict(entry)}")
-    present = installed(module)
-    if present is not None:
-        if {"module": entry["module"], **present.describe()} == dict(entry):
-            return None
-        raise CheckpointError(f"{name} has quantized attention already, and otherwise than the manifest says")
+    if present(installed(module), entry, f"the quantized attention of {name!r}"):
+        return None
     try:
         specs = {side: None if entry[side] is None else ActivationSpec.from_dict(entry[side])
                  for side in ("query", "key", "value")}

@@ -30,6 +30,9 @@ class Folded(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
+    def describe(self) -> dict[str, Any]:
+        return {"conv": self.conv, "features": self.num_features, "eps": self.eps, "bias": self.had_bias}
+
     def extra_repr(self) -> str:
         return f"{self.num_features} features, in {self.conv}"
 
@@ -75,10 +78,7 @@ def install(model: nn.Module, name: str, part: Folded) -> None:
 
 def describe(model: nn.Module) -> list[dict[str, Any]]:
     """The manifest entries, JSON only."""
-    return [
-        {"module": name, "conv": m.conv, "features": m.num_features, "eps": m.eps, "bias": m.had_bias}
-        for name, m in model.named_modules() if isinstance(m, Folded)
-    ]
+    return [{"module": name, **part.describe()} for name, part in model.named_modules() if isinstance(part, Folded)]
 
 
 def empty_folded(model: nn.Module, entry: Mapping[str, Any], name: str, conv: str | None) -> Folded | None:
@@ -89,7 +89,8 @@ def empty_folded(model: nn.Module, entry: Mapping[str, Any], name: str, conv: st
     """
     record.fields(name, entry, {"module", "conv", "features", "eps", "bias"})
     module = model.get_submodule(name)
-    if isinstance(module, Folded):
+    # The convolution may have another prefix to its name in this model.
+    if record.present(module if isinstance(module, Folded) else None, {**entry, "conv": conv}, f"the folded {name}"):
         return None
     if conv is None or not isinstance(module, nn.modules.batchnorm._BatchNorm):
         raise CheckpointError(f"{name} was folded in the checkpoint; in the model it is {type(module).__name__}")

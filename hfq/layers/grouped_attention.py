@@ -16,6 +16,7 @@ from hfq.kernels import grouped_products
 from hfq.kernels.grouped_products import Probabilities
 from hfq.layers import attention
 from hfq.layers.banks import InputBanks, empty_banks
+from hfq.layers.manifest import present
 from hfq.layers.products import AttentionProducts
 from hfq.layers.times import NoiseLevels
 
@@ -85,11 +86,8 @@ def empty_grouped(
     plain = all(type(flag) is bool for flag in flags.values())
     if set(entry) != known or not attention._is_size(entry["head_dim"]) or not plain:
         raise CheckpointError(f"the attention of {name!r} in the manifest is damaged: {dict(entry)}")
-    present = attention.installed(module)
-    if present is not None:
-        if {"module": entry["module"], **present.describe()} == dict(entry):
-            return None
-        raise CheckpointError(f"{name} has quantized attention already, and otherwise than the manifest says")
+    if present(attention.installed(module), entry, f"the quantized attention of {name!r}"):
+        return None
     device, given = next((p.device for p in module.parameters()), None), entry["probabilities"]
     try:
         spec = None if given is None else grids.from_dict(given)

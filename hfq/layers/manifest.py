@@ -10,7 +10,7 @@ from torch import nn
 from hfq.errors import CheckpointError, ConfigError
 from hfq.formats import QuantSpec
 
-__all__ = ["VERSION", "entries", "fields", "locate", "parts", "size", "spec_of"]
+__all__ = ["VERSION", "entries", "fields", "locate", "parts", "present", "size", "spec_of"]
 
 VERSION = 1
 # Lists of the manifest besides the rotations; each entry names its module.
@@ -21,8 +21,8 @@ _LISTS = {"rotations": "rotation", "attention": "attention", "attached": "attach
 _LARGEST = 1 << 31
 
 
-def entries(manifest: Any) -> tuple[dict[str, Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """``(layers, rotations)`` of a manifest, their outer form checked.
+def entries(manifest: Any) -> dict[str, Mapping[str, Any]]:
+    """The layers of a manifest; the outer form of all of it is checked.
 
     Raises:
         CheckpointError: the manifest is no manifest, or of a newer version.
@@ -45,12 +45,28 @@ def entries(manifest: Any) -> tuple[dict[str, Mapping[str, Any]], list[Mapping[s
         for entry in manifest.get(kind, []):
             if not isinstance(entry, Mapping) or not isinstance(entry.get("module"), str):
                 raise CheckpointError(f"the manifest has a damaged {what}: {entry!r}")
-    return dict(layers), manifest.get("rotations", [])
+    return dict(layers)
 
 
 def parts(manifest: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
     """The entries of a list of the manifest, checked by :func:`entries`."""
     return manifest.get(kind, [])
+
+
+def present(part: Any, entry: Mapping[str, Any], where: str) -> bool:
+    """Whether the part that ``entry`` describes is in its place already.
+
+    Args:
+        part: what is there; ``None`` for nothing.
+
+    Raises:
+        CheckpointError: another part is there.
+    """
+    if part is None:
+        return False
+    if {"module": entry["module"], **part.describe()} != dict(entry):
+        raise CheckpointError(f"{where} is there already, and otherwise than the manifest says")
+    return True
 
 
 def fields(name: str, entry: Any, known: set[str]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.layers.hooks import unhook
+from hfq.layers.manifest import present
 from hfq.layers.parts import ChannelScale, Hadamard, OnlinePart, mix, order, sign_vector, unmix
 
 __all__ = [
@@ -220,12 +221,8 @@ def empty_rotation(block: nn.Module, entry: Mapping[str, Any], name: str, widths
         raise CheckpointError(f"the rotation of {name!r} in the manifest is damaged: {dict(entry)}")
     if size not in widths:
         raise CheckpointError(f"the rotation of {name!r} in the manifest has size {size}, which fits nothing there")
-    asked = {"side": side, "kind": kind, "size": size, "block": inner}
-    present = block._modules.get(_CHILD[side])
-    if present is not None:
-        if isinstance(present, StreamRotation) and present.describe() == asked:
-            return None
-        raise CheckpointError(f"{name} rotates its stream already, and otherwise than the manifest says")
+    if present(block._modules.get(_CHILD[side]), entry, f"the rotation of {name!r}"):
+        return None
     device = next((p.device for p in block.parameters()), torch.device("cpu"))
     try:
         return StreamRotation(size, str(kind), side, block=inner, device=device)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from hfq.kernels import products
 from hfq.kernels.products import SIDES
 from hfq.layers import attention, routing
 from hfq.layers.attention import AttentionQuant
+from hfq.layers.manifest import present
 from hfq.report import Report, Row
 
 __all__ = ["AttentionProducts", "causal", "empty_products", "install"]
@@ -211,11 +212,8 @@ def empty_products(module: nn.Module, entry: Mapping[str, Any], name: str) -> At
     """
     if set(entry) - {"scores"} != {"module", "form", "head_dim", *SIDES} or not attention._is_size(entry["head_dim"]):
         raise CheckpointError(f"the attention of {name!r} in the manifest is damaged: {dict(entry)}")
-    present = attention.installed(module)
-    if present is not None:
-        if {"module": entry["module"], **present.describe()} == dict(entry):
-            return None
-        raise CheckpointError(f"{name} has quantized attention already, and otherwise than the manifest says")
+    if present(attention.installed(module), entry, f"the quantized attention of {name!r}"):
+        return None
     device = next((p.device for p in module.parameters()), None)
     try:
         sides: Any = {side: None if entry[side] is None else grids.from_dict(entry[side])

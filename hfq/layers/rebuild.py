@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -58,7 +58,7 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
     Raises:
         CheckpointError: the manifest is damaged, of a newer version, or of another model; names the module.
     """
-    layers, rotations = record.entries(manifest)
+    layers = record.entries(manifest)
     if manifest.get("integer") is not None:
         integer_build.build(model, manifest["integer"])
     _switched(model, manifest, layers)
@@ -75,7 +75,7 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
                 raise CheckpointError(f"{name} is packed already, and otherwise than the manifest says")
             continue
         todo.append((place, _builder(name, module, entry, levels)))
-    turns = _turns(model, rotations, layers)
+    turns = _turns(model, manifest, layers)
     attentions = _attentions(model, manifest, layers, levels)
     beside = _beside(model, manifest, layers)
     for place, norm in _folded(model, manifest, layers):
@@ -99,12 +99,21 @@ def build_empty(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
     return [place for place, _ in todo]
 
 
+def _placed(
+    model: nn.Module, manifest: Mapping[str, Any], kind: str, layers: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The entries of a list of the manifest with the names that the model has for their modules."""
+    for entry in record.parts(manifest, kind):
+        place = record.locate(model, entry["module"], layers)
+        if place is not None:
+            yield place, entry
+
+
 def _switched(model: nn.Module, manifest: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
     """A copy of the float layer for every width, where the width follows the timestep; they are then packed by name."""
     made = []
-    for entry in record.parts(manifest, "switched"):
-        place = record.locate(model, entry["module"], layers)
-        if place is not None and (found := switched.empty_switched(model, entry, place)) is not None:
+    for place, entry in _placed(model, manifest, "switched", layers):
+        if (found := switched.empty_switched(model, entry, place)) is not None:
             made.append((place, *found))
     for place, schedule, edges in made:
         switched.install(model, place, schedule, edges)
@@ -115,10 +124,7 @@ def _attentions(
 ) -> list[tuple[str, attention.AttentionQuant]]:
     """Empty parts of attention modules, with their places."""
     made = []
-    for entry in record.parts(manifest, "attention"):
-        place = record.locate(model, entry["module"], layers)
-        if place is None:
-            continue
+    for place, entry in _placed(model, manifest, "attention", layers):
         module, name = model.get_submodule(place), entry["module"]
         if entry.get("form") == "grouped":
             part: attention.AttentionQuant | None = grouped_attention.empty_grouped(module, entry, name, levels)
@@ -130,16 +136,14 @@ def _attentions(
 
 
 def _turns(
-    model: nn.Module, rotations: list[Mapping[str, Any]], layers: Mapping[str, Any]
+    model: nn.Module, manifest: Mapping[str, Any], layers: Mapping[str, Any]
 ) -> list[tuple[str, streams.StreamRotation]]:
     """Empty rotations of streams, with their places."""
     made = []
-    for entry in rotations:
-        place = record.locate(model, entry["module"], layers)
-        if place is not None:
-            block = model.get_submodule(place)
-            rotation = streams.empty_rotation(block, entry, entry["module"], _widths(block))
-            made += [] if rotation is None else [(place, rotation)]
+    for place, entry in _placed(model, manifest, "rotations", layers):
+        block = model.get_submodule(place)
+        rotation = streams.empty_rotation(block, entry, entry["module"], _widths(block))
+        made += [] if rotation is None else [(place, rotation)]
     return made
 
 
@@ -148,12 +152,11 @@ def _folded(
 ) -> list[tuple[str, norms.Folded]]:
     """What is left of folded norms, with its places."""
     made = []
-    for entry in record.parts(manifest, "folded"):
-        place, conv = record.locate(model, entry["module"], layers), entry.get("conv")
-        if place is not None:
-            target = record.locate(model, conv, layers) if isinstance(conv, str) else None
-            part = norms.empty_folded(model, entry, place, target)
-            made += [] if part is None else [(place, part)]
+    for place, entry in _placed(model, manifest, "folded", layers):
+        conv = entry.get("conv")
+        target = record.locate(model, conv, layers) if isinstance(conv, str) else None
+        part = norms.empty_folded(model, entry, place, target)
+        made += [] if part is None else [(place, part)]
     return made
 
 
@@ -162,10 +165,7 @@ def _beside(
 ) -> list[tuple[str, nn.Module]]:
     """Empty affine parts, scaled activations and rounded inputs with their places."""
     made = []
-    for entry in record.parts(manifest, "attached"):
-        place = record.locate(model, entry["module"], layers)
-        if place is None:
-            continue
+    for place, entry in _placed(model, manifest, "attached", layers):
         if entry.get("kind") == "rounded":
             part: nn.Module | None = rounded.empty_rounded(model.get_submodule(place), entry)
         else:

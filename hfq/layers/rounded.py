@@ -13,7 +13,7 @@ from hfq.formats import ActivationSpec, activation
 from hfq.formats.activation import Parameters
 from hfq.layers.attached import AttachedPart
 from hfq.layers.hooks import unhook
-from hfq.layers.manifest import fields
+from hfq.layers.manifest import fields, present
 
 __all__ = ["CHILD", "RoundedInput", "attach_rounding", "describe", "empty_rounded", "remove"]
 
@@ -93,11 +93,8 @@ def empty_rounded(module: nn.Module, entry: Mapping[str, Any]) -> RoundedInput |
     """
     where = f"the rounded input of {entry.get('module')!r}"
     fields(where, entry, {"module", "kind", "activation"})
-    present = module._modules.get(CHILD)
-    if present is not None:
-        if {"module": entry["module"], **present.describe()} == dict(entry):  # type: ignore[operator]
-            return None
-        raise CheckpointError(f"{where} is there already, and otherwise than the manifest says")
+    if present(module._modules.get(CHILD), entry, where):
+        return None
     device = next((p.device for p in module.parameters()), None)
     try:
         return RoundedInput(ActivationSpec.from_dict(dict(entry["activation"])), device=device)

@@ -16,6 +16,7 @@ from torch import nn
 from hfq.errors import CheckpointError, QuantizationError
 from hfq.layers import times
 from hfq.layers.kinds import kind_of
+from hfq.layers.manifest import present
 
 __all__ = ["Switched", "child_name", "collapse", "describe", "empty_switched", "install", "interval"]
 
@@ -130,13 +131,11 @@ def empty_switched(model: nn.Module, entry: Mapping[str, Any], place: str) -> tu
     falling = falling and all(a > b for a, b in zip(edges, edges[1:], strict=False))
     if not whole or not falling or not schedule or len(edges) != len(schedule) - 1:
         raise CheckpointError(f"{where} in the manifest is damaged: {dict(entry)}")
-    present = model.get_submodule(place)
-    if isinstance(present, Switched):
-        if {"module": entry["module"], **present.describe()} == dict(entry):
-            return None
-        raise CheckpointError(f"{where} is there already, and otherwise than the manifest says")
+    module = model.get_submodule(place)
+    if present(module if isinstance(module, Switched) else None, entry, where):
+        return None
     try:
-        kind_of(present)
+        kind_of(module)
     except QuantizationError as error:
         raise CheckpointError(f"{where}: {error}") from error
     return schedule, edges

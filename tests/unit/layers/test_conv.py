@@ -200,6 +200,9 @@ def test_folded_models_are_rebuilt_and_restored():
         entry = {**manifest["folded"][0], **wrong}
         with pytest.raises(CheckpointError, match="first"):
             swap.build_empty(net(), {**manifest, "folded": [entry]})
+        with pytest.raises(CheckpointError, match="first"):
+            swap.build_empty(other, {**manifest, "folded": [entry]})
+    swap.build_empty(other, manifest)
     swap.dequantize_modules(model)
     assert type(model.first) is nn.BatchNorm2d and model.a.bias is None and type(model.plain) is nn.BatchNorm2d
     torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
