@@ -1,7 +1,8 @@
 """Stored grids for tensors of which a sample is known: minimum and maximum, percentiles, least error; pure functions.
 
 A sample is ``rows`` ``[N, K]``: what a product will multiply, one token a row. :func:`fit` gives one grid for the
-tensor, :func:`fit_channels` one a column, with zero points that may lie off the grid (a channel far from zero).
+tensor, :func:`fit_channels` one a column and :func:`fit_groups` one for each group of columns, with zero points that may
+lie off the grid (a channel far from zero).
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from dataclasses import replace
 import torch
 
 from hfq.errors import ConfigError, DataError
-from hfq.formats import ActivationSpec, activation, log, twin
+from hfq.formats import ActivationSpec, activation, groups, log, twin
 from hfq.formats.activation import Parameters
 from hfq.formats.log import LogSpec
 from hfq.formats.twin import TwinSpec
 
-__all__ = ["OBSERVERS", "PERCENTILES", "fit", "fit_channels", "fit_log", "fit_twin", "quantiles"]
+__all__ = ["OBSERVERS", "PERCENTILES", "fit", "fit_channels", "fit_groups", "fit_log", "fit_twin", "quantiles"]
 
 OBSERVERS = ("minmax", "percentile", "mse", "kl")
 # Share of the elements under the upper end of the range (and, mirrored, over its lower end): the best one is taken.
@@ -124,6 +125,52 @@ def fit_channels(
         scales.append(best_scale)
         zeros.append(best_zero)
     return torch.cat(scales), torch.cat(zeros)
+
+
+def fit_groups(
+    rows: torch.Tensor, labels: torch.Tensor, bits: int, observer: str = "percentile", *,
+    percentiles: Sequence[float] = PERCENTILES, zero: bool = False, largest: int = groups.LARGEST_ZERO,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point ``[groups]``, float32, for each group of columns: see :func:`hfq.formats.groups.grid`.
+
+    Args:
+        labels: group of each column, int64 ``[K]``; none of ``0 .. max`` is left out.
+        observer: "minmax" covers everything; "percentile" takes of the ranges between the quantiles ``1 - p`` and ``p``
+            the one with the least squared error of its group.
+        zero: every range contains zero, which is then exact.
+        largest: zero point.
+
+    Raises:
+        ConfigError: another observer. DataError: no rows, or numbers that are not finite.
+    """
+    x, count = _checked(rows), int(labels.max()) + 1
+    if observer not in ("percentile", "minmax"):
+        raise ConfigError(f"observer={observer!r} of groups: 'percentile' or 'minmax'")
+    if count == len(labels):  # a group a column
+        parts = [part for part in x[:, labels.argsort()].split(max(1, _ELEMENTS // x.shape[0]), 1)]
+    else:
+        parts = [x[:, labels == label].reshape(-1, 1) for label in range(count)]
+    shares = percentiles if observer == "percentile" else [1.0]
+    found = [_least_columns(part, bits, shares, zero, largest) for part in parts]
+    return torch.cat([scale for scale, _ in found]), torch.cat([z for _, z in found])
+
+
+def _least_columns(
+    x: torch.Tensor, bits: int, shares: Sequence[float], zero: bool, largest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the grids between quantiles, that with the least squared error of each column of ``x``."""
+    ordered = x.sort(dim=0).values
+    lows, highs = quantiles(ordered, [1 - share for share in shares]), quantiles(ordered, shares)
+    least = torch.full((x.shape[1],), torch.inf, dtype=torch.float64)
+    best = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
+    for low, high in zip(lows, highs, strict=True):
+        low, high = (low.clamp(max=0), high.clamp(min=0)) if zero else (low, high)
+        scale, z = groups.grid(low, high, bits, largest)
+        decoded = (groups.encode(x, scale, z, bits).to(x.dtype) - z) * scale
+        error = (decoded - x).square().sum(0, dtype=torch.float64)
+        best = tuple(torch.where(error < least, new, old) for new, old in zip((scale, z), best, strict=True))
+        least = torch.minimum(error, least)
+    return best
 
 
 def fit_log(x: torch.Tensor, spec: LogSpec, *, percentiles: Sequence[float] = PERCENTILES) -> torch.Tensor:

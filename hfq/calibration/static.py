@@ -23,12 +23,13 @@ from hfq.kernels import products
 from hfq.layers import routing
 
 __all__ = [
-    "AttentionSample", "RowSample", "Stage", "observe_attention", "observe_inputs", "observe_outside", "probabilities",
-    "scores", "stages", "watching",
+    "AttentionSample", "RowSample", "Stage", "attention_sample", "observe_attention", "observe_inputs",
+    "observe_outside", "probabilities", "scores", "stages", "watching", "watching_attentions",
 ]  # fmt: skip
 
 # Elements of a sample: 16 MiB of float32.
 LIMIT = 1 << 22
+_SAMPLED = ("query", "key", "value", "probabilities", "scores")
 
 
 class RowSample:
@@ -248,16 +249,28 @@ def observe_attention(step: Step, name: str, *, limit: int = LIMIT, seed: int = 
         QuantizationError: the attention was never reached through the attention interface.
     """
     target = step.model.get_submodule(name)
-    samples = {key: RowSample(limit, seed) for key in ("query", "key", "value", "probabilities", "scores")}
+    with watching_attentions(step.model, limit=limit, seed=seed, only=target) as seen:
+        for i in range(len(step)):
+            step.call(i)
+    return attention_sample(name, seen.get(target, {}), limit, seed)
+
+
+@contextmanager
+def watching_attentions(
+    model: nn.Module, *, limit: int = LIMIT, seed: int = 0, only: nn.Module | None = None
+) -> Iterator[dict[nn.Module, dict[str, RowSample]]]:
+    """Inside, what every attention of ``model`` (or ``only`` one) computes with is sampled: by module and side."""
+    found: dict[nn.Module, dict[str, RowSample]] = {}
 
     def seen(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> None:
-        if module is not target:
+        if only is not None and module is not only:
             return
+        samples = found.setdefault(module, {side: RowSample(limit, seed) for side in _SAMPLED})
         with torch.no_grad():
             raw = scores(module, query, key)
-            found = {"query": query, "key": key, "value": value, "scores": raw,
-                     "probabilities": products.scores_of(raw, mask)}
-        for side, tensor in found.items():
+            now = {"query": query, "key": key, "value": value, "scores": raw,
+                   "probabilities": products.scores_of(raw, mask)}
+        for side, tensor in now.items():
             rows, sample = tensor.reshape(-1, tensor.shape[-1]), samples[side]
             if sample.kept is not None:  # rows of another length cannot be put beside each other
                 more = rows.shape[-1] - sample.kept.shape[-1]
@@ -265,10 +278,19 @@ def observe_attention(step: Step, name: str, *, limit: int = LIMIT, seed: int = 
                 rows = nn.functional.pad(rows, (0, max(-more, 0)))
             sample.update(rows)
 
-    with routing.observing(step.model, seen):
-        for i in range(len(step)):
-            step.call(i)
+    with routing.observing(model, seen):
+        yield found
+
+
+def attention_sample(
+    name: str, samples: Mapping[str, RowSample], limit: int = LIMIT, seed: int = 0
+) -> AttentionSample:
+    """What was sampled of the attention ``name``, in all processes.
+
+    Raises:
+        QuantizationError: it was never reached.
+    """
     try:
-        return AttentionSample(**{key: sample.rows() for key, sample in samples.items()})
+        return AttentionSample(**{key: samples.get(key, RowSample(limit, seed)).rows() for key in _SAMPLED})
     except DataError as error:
         raise QuantizationError(f"{name}: the data does not reach this attention ({error})") from error

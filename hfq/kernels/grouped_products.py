@@ -35,12 +35,14 @@ class Probabilities:
         whole: the maximum is one for the whole call, whichever samples are in it; else each sample has its own.
         start: the first column is left as it is, with the first key.
         renormalise: rows sum to one again afterwards.
+        scale: stored step of a uniform grid ``[1]``, in the place of one that is found in the call.
     """
 
     spec: LogSpec | ActivationSpec | None
     whole: bool = False
     start: bool = False
     renormalise: bool = False
+    scale: torch.Tensor | None = None
 
 
 def top_of(p: torch.Tensor, how: Probabilities) -> torch.Tensor:
@@ -49,16 +51,21 @@ def top_of(p: torch.Tensor, how: Probabilities) -> torch.Tensor:
     return found.reshape(-1, 1, 1, 1).clamp(min=torch.finfo(p.dtype).tiny)
 
 
+def step_of(p: torch.Tensor, how: Probabilities) -> torch.Tensor:
+    """The step of a uniform grid, ``[B or 1, 1, 1, 1]``: the stored one, or that of the largest probability."""
+    return top_of(p, how) / how.spec.max_code if how.scale is None else how.scale.reshape(1, 1, 1, 1)  # type: ignore[union-attr]
+
+
 def rounded(p: torch.Tensor, how: Probabilities) -> tuple[torch.Tensor, torch.Tensor]:
     """``p`` ``[B, H, Q, K]`` (without a first column that is kept) as ``(numbers, factor)``: powers of two, or whole
     numbers, and what they are multiplied with."""
     if how.spec is None:
         return p, p.new_ones(1)
-    top = top_of(p, how)
     if isinstance(how.spec, LogSpec):
+        top = top_of(p, how)
         codes = log.encode(p, top, how.spec, check=False)
         return log.table(how.spec, p.dtype).to(p.device)[codes.long()], top
-    scale = top / how.spec.max_code
+    scale = step_of(p, how)
     return (p * (1 / scale)).round_().clamp_(0, how.spec.max_code), scale
 
 
@@ -216,8 +223,8 @@ def fake(
     if isinstance(how.spec, LogSpec):
         others = log.fake(others, top_of(others.detach(), how), how.spec)
     elif how.spec is not None:
-        top = top_of(others.detach(), how)
-        others = activation.fake(others, how.spec, (top / how.spec.max_code, torch.zeros_like(top)))
+        step = step_of(others.detach(), how)
+        others = activation.fake(others, how.spec, (step, torch.zeros_like(step)))
     p = torch.cat([first, others], -1)
     p = p / p.sum(-1, keepdim=True) if how.renormalise else p
     return p.to(v.dtype) @ v
