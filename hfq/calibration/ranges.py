@@ -1,8 +1,8 @@
 """Stored grids for tensors of which a sample is known: minimum and maximum, percentiles, least error; pure functions.
 
 A sample is ``rows`` ``[N, K]``: what a product will multiply, one token a row. :func:`fit` gives one grid for the
-tensor, :func:`fit_channels` one a column and :func:`fit_groups` one for each group of columns, with zero points that may
-lie off the grid (a channel far from zero).
+tensor, :func:`fit_channels` one a column and :func:`fit_groups` one for each group of columns, with zero points that
+may lie off the grid (a channel far from zero).
 """
 
 from __future__ import annotations

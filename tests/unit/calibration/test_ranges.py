@@ -94,3 +94,25 @@ def test_what_has_no_range() -> None:
             ranges.fit(wrong, GRID)
     with pytest.raises(DataError, match="no calibration rows"):
         RowSample().rows()
+
+
+def test_groups_of_columns():
+    """Each group has the grid of its own columns; many zeros and one outlier, and one number alone, stay finite."""
+    torch.manual_seed(0)
+    x = torch.zeros(500, 4)
+    x[7, 0], x[:, 1], x[:, 2:] = 100.0, 5.0, 0.3 * torch.randn(500, 2) + 3
+    scale, zero = ranges.fit_groups(x, torch.tensor([0, 1, 2, 2]), 4)
+    assert torch.isfinite(scale).all() and (scale >= 1e-8).all() and torch.isfinite(zero).all()
+    assert scale[0] < 100 / 15 * 1.01 and float(scale[1]) == 5.0
+    alone = ranges.fit_groups(x[:, 2:], torch.zeros(2, dtype=torch.long), 4)
+    assert torch.equal(scale[2:], alone[0]) and torch.equal(zero[2:], alone[1])
+    own = ranges.fit_groups(x, torch.tensor([2, 0, 3, 1]), 4)
+    each = [ranges.fit_groups(x[:, i : i + 1], torch.zeros(1, dtype=torch.long), 4) for i in range(4)]
+    for place, i in enumerate((1, 3, 0, 2)):
+        assert torch.equal(own[0][place : place + 1], each[i][0]) and torch.equal(own[1][place : place + 1], each[i][1])
+    # Far from zero the grid need not reach it; where it has to, it is coarser.
+    _, off = ranges.fit_groups(x[:, 2:3] + 20, torch.zeros(1, dtype=torch.long), 4)
+    wide, on = ranges.fit_groups(x[:, 2:3] + 20, torch.zeros(1, dtype=torch.long), 4, zero=True)
+    assert float(off) < 0 <= float(on) <= 15 and wide > 2 * scale[2]
+    with pytest.raises(ConfigError, match="observer"):
+        ranges.fit_groups(x, torch.zeros(4, dtype=torch.long), 4, "mse")
