@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hfq.errors import DataError
-from hfq.integrations.inputs import locked
+from hfq.errors import DataError, HfqError
+from hfq.integrations.inputs import cache_folder, locked
 
-__all__ = ["RECORD", "digest", "fit", "made_once", "optimizers", "trained_by"]
+__all__ = ["RECORD", "arguments", "digest", "fit", "folder_of", "made_once", "optimizers", "script", "trained_by"]
 
 RECORD = "training.json"  # written last: a folder that has it is complete
 # Matrices that are looked up, added, or give the output: orthogonal steps do not fit them.
@@ -29,6 +30,17 @@ _NOT_ORTHOGONAL = ("classifier", "embed", "position", "proj_out", "conv_out")
 def digest(*parts: Any) -> str:
     """Eight hexadecimal digits that change with any of the JSON values ``parts``."""
     return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def folder_of(kind: str, name: str, recipes: Mapping[str, Any]) -> Path:
+    """Where the trained model of a recipe lies in the cache, or would lie.
+
+    Raises:
+        DataError: there is no recipe of that name.
+    """
+    if name not in recipes:
+        raise DataError(f"no demo model {name!r}: {', '.join(recipes)} are the names")
+    return cache_folder() / "models" / f"{kind}-{name}-{recipes[name].digest()}"
 
 
 def made_once(target: Path, lock: str, make: Callable[[Path], None]) -> Path:
@@ -65,6 +77,31 @@ def trained_by(script: Path, name: str, folder: Path) -> Path:
     if done.returncode or not folder.is_dir():
         raise DataError(f"training the demo model {name!r} failed: run {where} --models {name} to see why")
     return folder
+
+
+def arguments(description: str, recipes: Iterable[str]) -> argparse.ArgumentParser:
+    """What a script that trains demo models can be asked."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(recipes), help="names, separated by commas")
+    parser.add_argument("--output", type=Path, help="where to write the model (default: the cache); one model only")
+    parser.add_argument("--steps", type=int, help="a trial with another number of steps; needs --output")
+    return parser
+
+
+def script(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace, list[str]], None]) -> int:
+    """The main function of such a script: ``run(options, names)``; its exit status."""
+    options = parser.parse_args()
+    names = [name.strip() for name in options.models.split(",")]
+    if options.steps and not options.output:
+        parser.error("--steps needs --output")
+    if options.output and len(names) > 1:
+        parser.error("--output takes one model: name it with --models")
+    try:
+        run(options, names)
+    except HfqError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
 
 
 def optimizers(

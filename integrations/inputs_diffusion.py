@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from hfq.errors import DataError
 from hfq.integrations import demo_models
-from hfq.integrations.inputs import cache_folder
 from hfq.integrations.inputs_vision import digits, warped
 
 __all__ = [
@@ -215,9 +214,7 @@ def demo_pictures(split: str = "test", count: int = 1000, seed: int = 0, *, size
 
 def model_folder(name: str) -> Path:
     """Where the trained model of a recipe lies in the cache, or would lie."""
-    if name not in RECIPES:
-        raise DataError(f"no demo pipeline {name!r}: {', '.join(RECIPES)} are the names")
-    return cache_folder() / "models" / f"diffusion-{name}-{RECIPES[name].digest()}"
+    return demo_models.folder_of("diffusion", name, RECIPES)
 
 
 def demo_pipeline(name: str) -> Path:

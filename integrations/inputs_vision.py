@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from hfq.errors import DataError
 from hfq.integrations import demo_models
-from hfq.integrations.inputs import cache_folder
 
 __all__ = [
     "CLASSES",
@@ -266,9 +265,7 @@ def _need(module: str, package: str) -> None:
 
 def model_folder(name: str) -> Path:
     """Where the trained model of a recipe lies in the cache, or would lie."""
-    if name not in RECIPES:
-        raise DataError(f"no demo model {name!r}: {', '.join(RECIPES)} are the names")
-    return cache_folder() / "models" / f"vision-{name}-{RECIPES[name].digest()}"
+    return demo_models.folder_of("vision", name, RECIPES)
 
 
 def demo_vision(name: str) -> Path:

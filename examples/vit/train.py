@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfq.errors import DataError, HfqError
+from hfq.errors import DataError
 from hfq.evaluation.classification import classify
 from hfq.integrations import bench_vision, demo_models, measure_vision
 from hfq.integrations import inputs_vision as inputs
@@ -148,32 +148,24 @@ def evaluate(model: str, data: str, count: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(inputs.RECIPES), help="names, separated by commas")
-    parser.add_argument("--output", type=Path, help="where to write the model (default: the cache); one model only")
-    parser.add_argument("--steps", type=int, help="a trial with another number of steps; needs --output")
+    parser = demo_models.arguments(__doc__, inputs.RECIPES)
     parser.add_argument("--outliers", action="store_true", help="write the rescaled model; needs --output")
     parser.add_argument("--evaluate", metavar="MODEL", help="instead: measure a classifier (folder or Hub id)")
     parser.add_argument("--data", default="demo", help="images for --evaluate: demo, folder, or Hub id")
     parser.add_argument("--count", type=int, default=1000, help="images for --evaluate")
-    options = parser.parse_args()
-    names = [name.strip() for name in options.models.split(",")]
-    if (options.steps or options.outliers) and not options.output:
-        parser.error("--steps and --outliers need --output")
-    if options.output and len(names) > 1:
-        parser.error("--output takes one model: name it with --models")
-    try:
+
+    def run(options: argparse.Namespace, names: list[str]) -> None:
         if options.evaluate:
             print(evaluate(options.evaluate, options.data, options.count))
+        elif options.outliers and not options.output:
+            parser.error("--outliers needs --output")
         elif options.outliers:
             print(with_outliers(trained(names[0]), options.output))
         else:
             for name in names:
                 print(trained(name, options.output, options.steps))
-    except HfqError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+
+    return demo_models.script(parser, run)
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def test_recipes(monkeypatch, tmp_path):
     monkeypatch.setattr(inputs, "_SCRIPT", tmp_path / "train.py")
     with pytest.raises(DataError, match=r"--models unet"):
         inputs.demo_pipeline("unet")
-    with pytest.raises(DataError, match="no demo pipeline 'sdxl'"):
+    with pytest.raises(DataError, match="no demo model 'sdxl'"):
         inputs.demo_pipeline("sdxl")
     with pytest.raises(DataError, match="neither a unet"):
         measure_diffusion.denoiser(object())
