@@ -158,22 +158,27 @@ def row_parameters(x: torch.Tensor, spec: ActivationSpec, factor: torch.Tensor |
     return range_parameters(*_extremes(_grouped(x.to(_working(x)), spec), spec), spec, factor)
 
 
-def check_parameters(params: Parameters, spec: ActivationSpec, where: str = "activation") -> None:
-    """Refuse stored parameters that no tensor could have.
+def check_parameters(params: Parameters, spec: ActivationSpec, where: str = "activation", count: int = 1) -> None:
+    """Refuse stored parameters that no tensor could have; ``count`` of them.
 
     Raises:
         QuantizationError: a scale that is not finite and positive, a zero point off the grid, or a wrong shape.
     """
     scale, zero = params
-    if scale.numel() != 1 or (zero is None) != spec.symmetric or (zero is not None and zero.numel() != 1):
-        raise QuantizationError(f"{where}: a static {spec.bits}-bit format needs one scale and, unless symmetric, one "
-                                "zero point")
+    if scale.numel() != count or (zero is None) != spec.symmetric or (zero is not None and zero.numel() != count):
+        number = "one" if count == 1 else str(count)
+        raise QuantizationError(f"{where}: a static {spec.bits}-bit format needs {number} scale and, unless symmetric, "
+                                f"{number} zero point")
     if scale.is_meta:
         return
     if not (torch.isfinite(scale).all() and (scale > 0).all()):
-        raise QuantizationError(f"{where}: activation scale {float(scale)}: a finite number above zero is needed")
-    if zero is not None and not (0 <= float(zero) <= spec.max_code and float(zero) == round(float(zero))):
-        raise QuantizationError(f"{where}: activation zero point {float(zero)}: an integer in 0..{spec.max_code}")
+        wrong = float(scale[~(torch.isfinite(scale) & (scale > 0))][0])
+        raise QuantizationError(f"{where}: activation scale {wrong}: a finite number above zero is needed")
+    if zero is not None:
+        off = (zero < 0) | (zero > spec.max_code) | (zero != zero.float().round())
+        if bool(off.any()):
+            wrong = float(zero[off][0])
+            raise QuantizationError(f"{where}: activation zero point {wrong}: an integer in 0..{spec.max_code}")
 
 
 def quantize(

@@ -12,10 +12,12 @@ from hfq.formats import ActivationSpec, activation, grids
 from hfq.formats.activation import Parameters
 from hfq.formats.twin import TwinSpec
 from hfq.layers import manifest as record
+from hfq.layers import times
 from hfq.layers.joint import JointRange
 from hfq.layers.parts import ChannelScale, Hadamard, OnlinePart
 from hfq.layers.shift import ChannelShift
 from hfq.layers.slot import Slot
+from hfq.layers.times import NoiseLevels
 
 __all__ = [
     "Chain", "InputSpec", "QuantizedInput", "activation_of", "check_input", "describe_input", "input_shapes", "join",
@@ -74,7 +76,8 @@ def join(online: OnlinePart | Sequence[OnlinePart] | None) -> OnlinePart | None:
 
 
 def input_shapes(spec: InputSpec | None, prefix: str = "") -> dict[str, torch.dtype]:
-    """Names and dtypes of the stored input parameters, each of one element ``[1]``."""
+    """Names and dtypes of the stored input parameters, each of one element (ranges that follow noise levels: of one a
+    level)."""
     if spec is None:
         return {}
     found = {prefix + "input_factor": torch.float32} if spec.factor else {}
@@ -86,16 +89,22 @@ def input_shapes(spec: InputSpec | None, prefix: str = "") -> dict[str, torch.dt
 
 
 class QuantizedInput:
-    """What a packed layer knows of its inputs: a format, and for static ones and factors parameters in the module."""
+    """What a packed layer knows of its inputs: a format, and for static ones and factors parameters in the module.
+
+    Attributes:
+        levels: the noise levels that static ranges belong to, one each; ``None``: one range serves all calls.
+    """
 
     activation: InputSpec | None = None
+    levels: NoiseLevels | None = None
     slots: dict[str, Slot]
     label: str
     _parameters: dict[str, Any]
     _put: Callable[[str, torch.Tensor], None]
 
     def set_input(self, key: str, params: Parameters | None, factor: torch.Tensor | None = None) -> None:
-        """Store the static range, or the factor, of the inputs of slot ``key``.
+        """Store the static range (of a layer that follows noise levels ``[levels]`` of them), or the factor, of the
+        inputs of slot ``key``.
 
         Raises:
             QuantizationError: they are missing, not asked for, or no range.
@@ -109,33 +118,36 @@ class QuantizedInput:
                 state = "missing" if tensor is None else "not part of the activation format"
                 raise QuantizationError(f"{self.label or key}: {leaf} is {state}")
             if tensor is not None:
-                value = tensor.detach().reshape(1).to(device, wanted[prefix + leaf], copy=True)
+                value = tensor.detach().reshape(-1).to(device, wanted[prefix + leaf], copy=True)
                 self._put(prefix + leaf, value)
         if self.activation is not None:
             check_input(self, self.activation, prefix, self.label or key, QuantizationError)
 
     def input_of(self, key: str) -> tuple[Parameters | None, torch.Tensor | None]:
-        """``(params, factor)`` of the inputs of slot ``key``, as :func:`hfq.kernels.linear_int` takes them."""
+        """``(params, factor)`` of the inputs of slot ``key``, as :func:`hfq.kernels.linear_int` takes them: where there
+        is a range for each noise level, that of the running call."""
         spec, prefix = self.activation, self.slots[key].prefix
         if spec is None or (spec.dynamic and not spec.factor):
             return None, None
         if spec.factor:
             return None, self._parameters[prefix + "input_factor"]
         stored = self._parameters
-        return (stored[prefix + "input_scale"], stored.get(prefix + "input_zero_point")), None
+        params = stored[prefix + "input_scale"], stored.get(prefix + "input_zero_point")
+        return (params if self.levels is None else times.chosen(params, self.levels)), None
 
 
 def check_input(module: Any, spec: InputSpec, prefix: str, where: str, error: type[HfqError]) -> None:
     """Raise ``error`` unless the stored input parameters of ``module`` make sense."""
+    count = 1 if module.levels is None else len(module.levels)
     for name, dtype in input_shapes(spec, prefix).items():
         tensor = module._parameters[name]
-        if tensor is None or tuple(tensor.shape) != (1,) or tensor.dtype != dtype:
+        if tensor is None or tuple(tensor.shape) != (count,) or tensor.dtype != dtype:
             found = None if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise error(f"{where}.{name} is {found}; {dtype} (1,) is needed")
+            raise error(f"{where}.{name} is {found}; {dtype} ({count},) is needed")
     if not spec.dynamic:
         scale, zero = module._parameters[prefix + "input_scale"], module._parameters.get(prefix + "input_zero_point")
         try:
-            activation.check_parameters((scale, zero), spec, f"{where}.{prefix}input_scale")  # type: ignore[arg-type]
+            activation.check_parameters((scale, zero), spec, f"{where}.{prefix}input_scale", count)  # type: ignore[arg-type]
         except QuantizationError as wrong:
             raise error(str(wrong)) from None
     factor = module._parameters.get(prefix + "input_factor")

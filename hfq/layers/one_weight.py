@@ -12,8 +12,9 @@ from hfq.errors import QuantizationError
 from hfq.formats import QuantSpec
 from hfq.kernels import PackedWeight, Runtime, grouped
 from hfq.layers.banks import InputBanks
-from hfq.layers.inputs import InputSpec
+from hfq.layers.inputs import InputSpec, input_shapes
 from hfq.layers.packed import Memory, PackedModule
+from hfq.layers.times import NoiseLevels
 
 __all__ = ["OneWeight"]
 
@@ -90,6 +91,20 @@ class OneWeight(PackedModule):
         part.label = where
         self.banks = part.to(self.device)
 
+    def follow(self, levels: NoiseLevels) -> None:
+        """Hold a range of the input for each noise level from now on, the present one until others are set.
+
+        Raises:
+            QuantizationError: the input has no stored range.
+        """
+        where, spec = self.label or type(self).__name__, self.activation
+        if spec is None or spec.dynamic:
+            raise QuantizationError(f"{where}: its input has no stored range that noise levels could have")
+        self.levels = levels
+        for slot in self.slots.values():
+            for name in input_shapes(spec, slot.prefix):
+                self._put(name, self._parameters[name].detach()[:1].repeat(len(levels)))  # type: ignore[union-attr]
+
     @property
     def product_input(self) -> InputSpec | None:
         """Format of the codes that the product reads; those of inputs in groups have a grid a row."""
@@ -109,6 +124,7 @@ class OneWeight(PackedModule):
     def describe(self) -> dict[str, Any]:
         slot = self.slots["weight"]
         groups = {} if self.banks is None else {"groups": self.banks.describe()}
+        groups |= {} if self.levels is None else {"levels": len(self.levels)}
         return {
             "kind": self._kind, "in_features": slot.columns, "out_features": slot.rows,
             "bias": self._parameters.get("bias") is not None, "spec": slot.spec.to_dict(),

@@ -20,9 +20,10 @@ from hfq.formats.log import LogSpec
 from hfq.formats.twin import TwinSpec
 from hfq.kernels import products
 from hfq.kernels.products import SIDES
-from hfq.layers import attention, routing
+from hfq.layers import attention, routing, times
 from hfq.layers.attention import AttentionQuant
 from hfq.layers.manifest import present
+from hfq.layers.times import NoiseLevels
 from hfq.report import Report, Row
 
 __all__ = ["AttentionProducts", "causal", "empty_products", "install"]
@@ -41,14 +42,16 @@ class AttentionProducts(AttentionQuant):
         query, key, value: static uniform grids, one a tensor; ``None`` leaves a side as it is.
         probabilities: of what the softmax gives: uniform, logarithmic, or two grids of magnitudes.
         scores: a static uniform grid of what the softmax reads, before masks and positions are added.
+        levels: every grid has a range for each of these noise levels; default one for all calls.
     """
 
     def __init__(
         self, head_dim: int, *, query: ActivationSpec | None = None, key: ActivationSpec | None = None,
         value: ActivationSpec | None = None, probabilities: Grid | None = None,
-        scores: ActivationSpec | None = None, device: Any = None,
+        scores: ActivationSpec | None = None, levels: NoiseLevels | None = None, device: Any = None,
     ) -> None:
         super().__init__(head_dim)
+        self.levels = levels
         # While grids are learned: ``rounded(side, x)`` gives what a side becomes.
         self.rounded: Callable[[str, torch.Tensor], torch.Tensor] | None = None
         self.formats: dict[str, Grid | None] = dict(zip(SIDES, (query, key, value, probabilities), strict=True))
@@ -64,7 +67,7 @@ class AttentionProducts(AttentionQuant):
                 raise QuantizationError(f"{name}={spec}: queries, keys and values take uniform grids, probabilities "
                                         "also logarithmic ones and two grids of magnitudes")
             for leaf, dtype in self._leaves(name).items():
-                empty = torch.empty(1, dtype=dtype, device=device)
+                empty = torch.empty(self.count, dtype=dtype, device=device)
                 self.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
 
     def _leaves(self, name: str) -> dict[str, torch.dtype]:
@@ -75,7 +78,7 @@ class AttentionProducts(AttentionQuant):
         return found
 
     def set_range(self, name: str, params: Parameters) -> None:
-        """Store ``(scale, zero point or None)`` of a side.
+        """Store ``(scale, zero point or None)`` of a side, ``[1]`` or, of parts that have levels, ``[levels]``.
 
         Raises:
             QuantizationError: the side has no format, or they are no range of it.
@@ -86,13 +89,24 @@ class AttentionProducts(AttentionQuant):
             raise QuantizationError(f"{self.label or 'attention'}: {name} stores {sorted(leaves) or 'nothing'}")
         with torch.no_grad():
             for leaf in leaves:
-                self._parameters[leaf].copy_(given[leaf].reshape(1))  # type: ignore[union-attr]
+                self._parameters[leaf].copy_(given[leaf].reshape(self.count))  # type: ignore[union-attr]
         self.check(self.label or "attention", QuantizationError, (name,))
 
-    def range_of(self, name: str) -> Parameters | None:
+    @property
+    def count(self) -> int:
+        """Ranges that each side has."""
+        return 1 if self.levels is None else len(self.levels)
+
+    def stored(self, name: str) -> Parameters | None:
+        """Scale and zero point of a side as they are held, of every level."""
         if self.formats[name] is None:
             return None
         return self._parameters[f"{name}_scale"], self._parameters.get(f"{name}_zero_point")  # type: ignore[return-value]
+
+    def range_of(self, name: str) -> Parameters | None:
+        """Scale and zero point of a side ``[1]``, of the level of the running call."""
+        found = self.stored(name)
+        return found if found is None or self.levels is None else times.chosen(found, self.levels)
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
@@ -136,25 +150,26 @@ class AttentionProducts(AttentionQuant):
         """Raise ``error`` unless every stored range (of ``sides`` alone, if given) makes sense."""
         for name in self.formats if sides is None else sides:
             spec = self.formats[name]
-            params = self.range_of(name)
+            params = self.stored(name)
             if params is None or params[0].is_meta:
                 continue
             for leaf, dtype in self._leaves(name).items():
                 tensor = self._parameters[leaf]
-                if tensor is None or tuple(tensor.shape) != (1,) or tensor.dtype != dtype:
-                    raise error(f"{where}.{leaf}: {dtype} (1,) is needed")
+                if tensor is None or tuple(tensor.shape) != (self.count,) or tensor.dtype != dtype:
+                    raise error(f"{where}.{leaf}: {dtype} ({self.count},) is needed")
             try:
                 if isinstance(spec, ActivationSpec):
-                    activation.check_parameters(params, spec, f"{where}.{name}_scale")
+                    activation.check_parameters(params, spec, f"{where}.{name}_scale", self.count)
                 elif not (torch.isfinite(params[0]).all() and (params[0] > 0).all()):
-                    raise QuantizationError(f"{where}.{name}_scale {float(params[0])}: a finite number above zero")
+                    raise QuantizationError(f"{where}.{name}_scale {params[0].tolist()}: finite numbers above zero")
             except QuantizationError as wrong:
                 raise error(str(wrong)) from None
 
     def describe(self) -> dict[str, Any]:
         """The manifest entry, JSON only, without the module's name."""
         sides = {name: _described(spec) for name, spec in self.formats.items()}
-        return {"form": "products", "head_dim": self.head_dim, **sides}
+        levels = {} if self.levels is None else {"levels": self.count}
+        return {"form": "products", "head_dim": self.head_dim, **sides, **levels}
 
     def _apply(self, fn: Any, recurse: bool = True) -> AttentionProducts:
         for name, parameter in self._parameters.items():
@@ -204,13 +219,17 @@ def install(
     return part
 
 
-def empty_products(module: nn.Module, entry: Mapping[str, Any], name: str) -> AttentionProducts | None:
-    """The empty part that a manifest entry describes; ``None`` if ``module`` has it already.
+def empty_products(
+    module: nn.Module, entry: Mapping[str, Any], name: str, levels: NoiseLevels | None = None
+) -> AttentionProducts | None:
+    """The empty part that a manifest entry describes; ``None`` if ``module`` has it already. ``levels`` are those of
+    the manifest.
 
     Raises:
         CheckpointError: the entry makes no sense.
     """
-    if set(entry) - {"scores"} != {"module", "form", "head_dim", *SIDES} or not attention._is_size(entry["head_dim"]):
+    known = {"module", "form", "head_dim", *SIDES}
+    if set(entry) - {"scores", "levels"} != known or not attention._is_size(entry["head_dim"]):
         raise CheckpointError(f"the attention of {name!r} in the manifest is damaged: {dict(entry)}")
     if present(attention.installed(module), entry, f"the quantized attention of {name!r}"):
         return None
@@ -218,6 +237,7 @@ def empty_products(module: nn.Module, entry: Mapping[str, Any], name: str) -> At
     try:
         sides: Any = {side: None if entry[side] is None else grids.from_dict(entry[side])
                       for side in (*SIDES, "scores") if side in entry}
-        return AttentionProducts(entry["head_dim"], device=device, **sides)
+        own = times.counted(entry["levels"], levels, f"the attention of {name!r}") if "levels" in entry else None
+        return AttentionProducts(entry["head_dim"], levels=own, device=device, **sides)
     except (ConfigError, QuantizationError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the attention of {name!r} in the manifest cannot be built: {error}") from error

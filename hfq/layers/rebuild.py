@@ -25,6 +25,9 @@ from hfq.layers.slot import Slot
 __all__ = ["build_empty", "describe", "packed_modules"]
 
 
+_KINDS = ("linear", "conv1d", "conv2d", "embedding")
+
+
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
     """The packed layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
@@ -129,8 +132,9 @@ def _attentions(
         if entry.get("form") == "grouped":
             part: attention.AttentionQuant | None = grouped_attention.empty_grouped(module, entry, name, levels)
         else:
-            build = products.empty_products if entry.get("form") == "products" else attention.empty_part
-            part = build(module, entry, name)
+            of_products = entry.get("form") == "products"
+            part = (products.empty_products(module, entry, name, levels) if of_products
+                    else attention.empty_part(module, entry, name))
         made += [] if part is None else [(place, part)]
     return made
 
@@ -187,14 +191,18 @@ def _builder(
     name: str, module: nn.Module, entry: Mapping[str, Any], levels: times.NoiseLevels | None
 ) -> Callable[[], nn.Module]:
     """Check an entry against the module that it is about; a function that builds the empty packed layer."""
+    if "levels" in entry and entry.get("kind") in _KINDS:
+        follow = times.counted(entry["levels"], levels, name)
+        build = _builder(name, module, {key: value for key, value in entry.items() if key != "levels"}, levels)
+        return lambda: _with(build(), "follow", follow, name)
     if "groups" in entry and entry.get("kind") != "experts":
         banks = empty_banks(entry["groups"], levels, f"{name}.groups", module.weight.device, entry.get("in_features"))  # type: ignore[union-attr]
         build = _builder(name, module, {key: value for key, value in entry.items() if key != "groups"}, levels)
-        return lambda: _grouped(build(), banks, name)
+        return lambda: _with(build(), "group_inputs", banks, name)
     kind = entry.get("kind")
     if kind == "experts":
         return _experts_builder(name, module, entry)
-    if kind not in ("linear", "conv1d", "conv2d", "embedding"):
+    if kind not in _KINDS:
         raise CheckpointError(f"{name}: unknown kind {kind!r} of packed layer: the checkpoint needs a newer hfq")
     try:
         actual = kind_of(module)
@@ -222,10 +230,11 @@ def _builder(
     return lambda: empty(module, kind, spec, online, bias, device, activation, **parts)
 
 
-def _grouped(layer: nn.Module, banks: Any, name: str) -> nn.Module:
+def _with(layer: nn.Module, how: str, what: Any, name: str) -> nn.Module:
+    """``layer`` after its method ``how`` took ``what``."""
     assert isinstance(layer, OneWeight)
     try:
-        layer.group_inputs(banks)
+        getattr(layer, how)(what)
     except QuantizationError as error:
         raise CheckpointError(f"{name}: {error}") from error
     return layer

@@ -21,8 +21,8 @@ from hfq.errors import CheckpointError, QuantizationError
 from hfq.layers.hooks import unhook
 
 __all__ = [
-    "Follower", "NoiseLevels", "at", "describe", "from_manifest", "install", "listen", "of", "position_of", "read",
-    "remove",
+    "Follower", "NoiseLevels", "at", "chosen", "counted", "describe", "from_manifest", "install", "listen", "of",
+    "position_of", "read", "remove",
 ]  # fmt: skip
 
 # What denoisers call it.
@@ -71,6 +71,27 @@ class NoiseLevels:
 
     def __repr__(self) -> str:
         return f"NoiseLevels({len(self)} from {max(self.levels):g} to {min(self.levels):g})"
+
+
+@torch._dynamo.disable  # the running call is known to Python alone
+def chosen(
+    params: tuple[torch.Tensor, torch.Tensor | None], levels: NoiseLevels
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of a scale and a zero point a level, ``[levels]`` each, those ``[1]`` of the running call."""
+    index, (scale, zero) = levels.index(), params
+    return scale[index : index + 1], None if zero is None else zero[index : index + 1]
+
+
+def counted(given: Any, levels: NoiseLevels | None, where: str) -> NoiseLevels:
+    """The levels that a part of a manifest follows, which says how many there are.
+
+    Raises:
+        CheckpointError: the manifest has others, or none.
+    """
+    if levels is None or type(given) is not int or given != len(levels):
+        known = "none" if levels is None else len(levels)
+        raise CheckpointError(f"{where}: ranges for {given!r} noise levels, and the manifest has {known}")
+    return levels
 
 
 def _value(timestep: Any) -> float:

@@ -18,7 +18,7 @@ from hfq.errors import ConfigError
 from hfq.formats import ActivationSpec, Codes, QuantSpec, affine
 from hfq.formats.activation import SMALLEST_RANGE, Parameters
 
-__all__ = ["LARGEST", "LearnedRange", "LearnedStep", "RangedWeight", "weight_codes", "weight_grid"]
+__all__ = ["LARGEST", "LearnedRange", "LearnedStep", "RangedWeight", "straight", "weight_codes", "weight_grid"]
 
 LARGEST = 1e5  # of a range
 
@@ -35,7 +35,7 @@ class _Straight(torch.autograd.Function):
         return grad, None
 
 
-_straight = _Straight.apply
+straight = _Straight.apply
 
 
 class LearnedStep(nn.Module):
@@ -55,7 +55,7 @@ class LearnedStep(nn.Module):
         self.register_buffer("zero_point", zero, persistent=False)
 
     def forward(self) -> Parameters:
-        return _straight(self.scale, self.scale.detach().clamp(min=self.floor)), self.zero_point
+        return straight(self.scale, self.scale.detach().clamp(min=self.floor)), self.zero_point
 
     @torch.no_grad()
     def params(self) -> Parameters:
@@ -96,7 +96,7 @@ def _grid(
     if low is None:
         return scale, None
     zero = (-low / scale).clamp(0, levels)
-    return scale, _straight(zero, zero.detach().round())
+    return scale, straight(zero, zero.detach().round())
 
 
 class RangedWeight(nn.Module):
@@ -127,7 +127,7 @@ class RangedWeight(nn.Module):
     def grid(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scale (with the value that is stored) and zero point, float32."""
         scale, zero = _grid(self.reach, self.low, self.spec.max_code, affine.smallest_scale(self.spec))
-        return _straight(scale, scale.detach().to(self.spec.torch_scale_dtype).float()), zero
+        return straight(scale, scale.detach().to(self.spec.torch_scale_dtype).float()), zero
 
     def forward(self) -> torch.Tensor:
         scale, zero = self.grid()
@@ -153,10 +153,10 @@ def weight_grid(
         damping: factor of the gradients of both (LSQ: ``1 / sqrt(weights a scale * highest code)``); values stay.
     """
     stored = scale.detach().clamp(min=affine.smallest_scale(spec)).to(spec.torch_scale_dtype).float()
-    used = _straight(scale * damping, stored)
+    used = straight(scale * damping, stored)
     if zero_point is None or spec.zero_point == "int":
         return used, None if zero_point is None else zero_point.detach()
-    return used, _straight(zero_point * damping, zero_point.detach().to(spec.torch_scale_dtype).float())
+    return used, straight(zero_point * damping, zero_point.detach().to(spec.torch_scale_dtype).float())
 
 
 @torch.no_grad()

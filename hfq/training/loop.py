@@ -18,10 +18,17 @@ from hfq.calibration.rows import batch_rows
 from hfq.errors import ConfigError, DataError, QuantizationError
 from hfq.training.progress import Saved
 
-__all__ = ["SCHEDULES", "Objective", "fit", "mean_loss", "rows_of"]
+__all__ = ["SCHEDULES", "Objective", "Rows", "fit", "mean_loss", "rows_of"]
 
 SCHEDULES = ("cosine", "linear", "constant")
 ProgressBar = Callable[[int, str], Any]
+
+
+class Rows(Protocol):
+    """Which rows a step takes."""
+
+    def parts(self, step: int, micro_batch: int) -> Iterator[dict[str, Any]]:
+        """This process' share of the rows of a step, in passes of ``micro_batch`` rows at most."""
 
 
 class Objective(Protocol):
@@ -31,7 +38,8 @@ class Objective(Protocol):
         """Prepare a step."""
 
     def add(self, batch: Mapping[str, Any]) -> tuple[float, int]:
-        """Forward and backward of the loss summed over tokens; that sum, and the number of tokens."""
+        """Forward and backward of the loss summed over tokens; that sum, and the number of tokens (0: the loss of a
+        step is the sum)."""
 
     def finish(self) -> None:
         """Leave the gradients at the parameters."""
@@ -40,7 +48,7 @@ class Objective(Protocol):
 def fit(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Mapping[str, Any]],
+    batches: Sequence[Mapping[str, Any]] | Rows,
     *,
     steps: int,
     batch_size: int = 8,
@@ -57,9 +65,9 @@ def fit(
     Args:
         objective: what is trained.
         optimizer: of its parameters; the learning rates of its groups are where the schedule starts.
-        batches: forward keywords, rows along axis 0 (the same in every process).
+        batches: forward keywords, rows along axis 0 (the same in every process); or what chooses the rows of a step.
         steps: steps in all, those of an earlier run included.
-        batch_size: rows a step, over all processes; every row is used before one is used again.
+        batch_size: rows a step, over all processes; every row is used before one is used again. Of batches only.
         micro_batch: rows in one forward pass at most (rows of one batch).
         schedule: "cosine" or "linear" to 0, or "constant".
         seed: of the order of the rows.
@@ -74,7 +82,7 @@ def fit(
     Raises:
         ConfigError, DataError: options or data make no training. QuantizationError: the loss is not finite.
     """
-    rows = _Rows(batches, batch_size, seed)
+    rows = batches if hasattr(batches, "parts") else _Rows(batches, batch_size, seed)  # type: ignore[arg-type]
     if steps < 0 or micro_batch < 1 or schedule not in SCHEDULES:
         raise ConfigError(f"steps={steps}, micro_batch={micro_batch}, schedule={schedule!r}: at least 0 and 1, one of "
                           f"{SCHEDULES}")
@@ -92,7 +100,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         objective.start()
         total, count = 0.0, 0
-        for part in rows.parts(step, micro_batch):
+        for part in rows.parts(step, micro_batch):  # type: ignore[union-attr]
             loss, tokens = objective.add(part)
             total, count = total + loss, count + tokens
         objective.finish()
@@ -142,11 +150,16 @@ def _factor(schedule: str, step: int, steps: int) -> float:
 
 
 def _reduce(parameters: list[torch.Tensor], total: float, count: int) -> float:
-    """Divide the gradients by the number of tokens in all processes, after summing both; the mean loss."""
+    """Divide the gradients by the number of tokens in all processes, after summing both; the mean loss.
+
+    A parameter that no process has a gradient of stays without one: an optimiser leaves it as it is.
+    """
     device = parameters[0].device
     head = torch.tensor([total, float(count)], dtype=torch.float64)
     if ranks.count() > 1:
-        head = ranks.sum_(head.to(device)).cpu()
+        reached = torch.tensor([float(p.grad is not None) for p in parameters], dtype=torch.float64)
+        head = ranks.sum_(torch.cat([head, reached]).to(device)).cpu()
+        parameters = [p for p, seen in zip(parameters, head[2:].tolist(), strict=True) if seen]
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         flat = ranks.sum_(torch.cat([p.grad.flatten().to(device) for p in parameters]))  # type: ignore[union-attr]

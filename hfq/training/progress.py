@@ -53,8 +53,7 @@ class Saved:
             state.pop("value")
             if state:
                 # Counters stay on the CPU, as they were made.
-                optimizer.state[p] = {key: t.clone() if t.dtype == torch.int64 else t.to(p.device)
-                                      for key, t in state.items()}
+                optimizer.state[p] = {key: t.to(p.device) if t.ndim else t.clone() for key, t in state.items()}
         return list(details["curve"])
 
     def offer(self, optimizer: torch.optim.Optimizer, curve: list[float], *, last: bool = False) -> None:

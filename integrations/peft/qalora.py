@@ -6,7 +6,6 @@ exact, because it is what the layer computed all along.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,14 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from hfq.errors import ConfigError, QuantizationError
-from hfq.formats import Codes, affine
+from hfq.formats import Codes
 from hfq.integrations.peft.registry import peft_type
 from hfq.integrations.peft.tuner import WeightTuner, WeightTunerConfig, WeightTunerLayer
 from hfq.layers import substitute
 from hfq.layers.one_weight import OneWeight
-from hfq.rounding.learned_step import weight_codes, weight_grid
+from hfq.rounding import updated
+from hfq.rounding.learned_step import weight_codes
+from hfq.training.rates import by_scale
 
 __all__ = ["QALoraConfig", "QALoraLayer", "QALoraModel", "learning_groups"]
 
@@ -69,12 +70,11 @@ class QALoraLayer(WeightTunerLayer):
         base = self.get_base_layer()
         r, spec = self._limit(r), config.spec_for(base, self.where)
         weight = substitute.matrix(base)
-        down = torch.empty(r, weight.shape[1], device=weight.device)
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        down, up = updated.start(*weight.shape, r, weight.device)
         self.grids[adapter_name], self.learned[adapter_name] = spec, config.learn_scale
         self.scaling[adapter_name] = 1.0 if config.lora_alpha is None else config.lora_alpha / r
         self._put("hfq_qalora_A", adapter_name, down)
-        self._put("hfq_qalora_B", adapter_name, torch.zeros(weight.shape[0], r, device=weight.device))
+        self._put("hfq_qalora_B", adapter_name, up)
         if spec is not None:
             if isinstance(base, OneWeight):
                 one = base.packed("weight")[0]
@@ -120,8 +120,7 @@ class QALoraLayer(WeightTunerLayer):
         weight, spec = self._sum(names), self.grids[names[0]]
         if spec is None:
             return weight
-        scale, zero = weight_grid(self.hfq_qalora_scale[names[0]], self._zero(names[0]), spec)
-        return affine.fake(weight, scale, zero, spec)
+        return updated.rounded(weight, self.hfq_qalora_scale[names[0]], self._zero(names[0]), spec)
 
     @torch.no_grad()
     def codes(self, names: list[str]) -> Codes | torch.Tensor:
@@ -144,15 +143,13 @@ class QALoraModel(WeightTuner):
 def learning_groups(
     model: nn.Module, factor: float = 1 / 2500, scale_lr: float = 1e-6, weight_decay: float = 0.01
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser of the Adam kind: the learning rate of a layer's update is ``factor * mean(scale)``.
-
-    An update matters once it exceeds half a step of the grid, and steps differ between layers; Adam does not see a
-    constant factor of the gradient, so the factor belongs to the rate. Scales have no weight decay.
+    """Groups for an optimiser of the Adam kind: the learning rate of a layer's update is ``factor * mean(scale)``
+    (:func:`hfq.training.rates.by_scale`). Scales have no weight decay.
 
     Raises:
         ConfigError: no adapter of the model takes gradients.
     """
-    found: list[dict[str, Any]] = []
+    found: list[tuple[str, list[torch.Tensor], torch.Tensor | None]] = []
     scales = []
     for name, layer in model.named_modules():
         if not isinstance(layer, QALoraLayer):
@@ -160,12 +157,12 @@ def learning_groups(
         for adapter in layer.known(layer.active_adapters):
             pair = [p for p in (layer.hfq_qalora_A[adapter], layer.hfq_qalora_B[adapter]) if p.requires_grad]
             scale = layer.hfq_qalora_scale.get(adapter)
-            rate = factor * (1.0 if scale is None else float(scale.detach().mean()))
             if pair:
-                found.append({"params": pair, "lr": rate, "weight_decay": weight_decay, "layer": name})
+                found.append((name, pair, scale))
             if scale is not None and scale.requires_grad:
                 scales.append(scale)
     if not found:
         raise ConfigError("no HFQ_QALORA adapter of this model takes gradients: add one, or load it with "
                           "is_trainable=True")
-    return [*found, *([{"params": scales, "lr": scale_lr, "weight_decay": 0.0, "layer": "scales"}] if scales else [])]
+    groups = by_scale(found, factor, weight_decay)
+    return [*groups, *([{"params": scales, "lr": scale_lr, "weight_decay": 0.0, "layer": "scales"}] if scales else [])]
