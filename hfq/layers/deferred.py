@@ -30,9 +30,13 @@ class Deferred(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, make: Callable[[], torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-        parameter: bool = False,
-    ) -> Deferred:
+        cls, make: Callable[[], torch.Tensor] | torch.Tensor, shape: tuple[int, ...] = (),
+        dtype: torch.dtype = torch.float32, device: torch.device | None = None, parameter: bool = False, *,
+        requires_grad: bool = False,
+    ) -> torch.Tensor:
+        if isinstance(make, torch.Tensor):
+            # accelerate, which moves a parameter by ``type(old)(moved, requires_grad=...)``: what moved is plain data.
+            return torch.nn.Parameter(make, requires_grad)
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
         self._make = make
         if parameter:
