@@ -110,6 +110,7 @@ class _Recorder:
         self._seen: dict[float, int] = {}
         self._images = 0
         self._handle: Any = None
+        self._last: tuple[dict[str, Any], int, float] | None = None  # a call whose other half may follow
 
     def __enter__(self) -> _Recorder:
         self._handle = self.module.register_forward_pre_hook(self._keep, with_kwargs=True, prepend=True)
@@ -130,6 +131,7 @@ class _Recorder:
         finally:
             for module in training:
                 module.train()
+        self._write()
 
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = self.signature.bind(*args, **kwargs).arguments
@@ -138,13 +140,22 @@ class _Recorder:
         given = {name: value for name, value in given.items()
                  if name != "return_dict" and (isinstance(value, torch.Tensor) or value is not defaults.get(name))}
         timestep = _timestep(given)
+        if self._last is not None and timestep == self._last[2] and (both := _joined(given, self._last[0])) is not None:
+            self._last, self.doubled = (both, 2 * self._last[1], timestep), True
+            return
         if not self._wanted(timestep):
             return
         check_tree(given, f"{type(module).__name__} at timestep {timestep:g}")
         rows = next((t.shape[0] for _, t in leaves(given) if t.ndim), 1)
         self.doubled |= rows > self._images and not math.isnan(timestep)
-        tree = rebuild(given, lambda _, t: self.store.put(t.detach().cpu().clone(), shared=True))
-        self.calls.append(Call(tree, rows, timestep))
+        self._write()
+        self._last = rebuild(given, lambda _, t: t.detach().cpu().clone()), rows, timestep
+
+    def _write(self) -> None:
+        if self._last is not None:
+            given, rows, timestep = self._last
+            self.calls.append(Call(rebuild(given, lambda _, t: self.store.put(t, shared=True)), rows, timestep))
+            self._last = None
 
     def _wanted(self, timestep: float) -> bool:
         """Whether this is the first call at a timestep that is to be kept; outside the loop every call is."""
@@ -161,6 +172,28 @@ class _Recorder:
             raise DataError(f"steps={self.steps}: the loop has {len(timesteps)} timesteps; raise num_inference_steps")
         distance = len(timesteps) // self.steps
         return place % distance == 0 and place // distance < self.steps
+
+
+def _joined(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any] | None:
+    """One call for both halves of guidance that a pipeline makes in two, first with the condition and then without;
+    the half without comes first, as in pipelines that make one call. ``None`` unless that is what these are.
+
+    The halves have one noisy sample, and other conditions of the same shape.
+    """
+    one, other = (dict(leaves(dict(tree))) for tree in (before, now))
+    if list(one) != list(other) or any(a.shape != b.shape for a, b in zip(one.values(), other.values(), strict=True)):
+        return None
+    same = [torch.equal(a, b.detach().cpu()) for a, b in zip(one.values(), other.values(), strict=True)]
+    first = next((i for i, t in enumerate(one.values()) if t.ndim), None)
+    if first is None or not same[first] or all(same):
+        return None
+    rows = list(one.values())[first].shape[0]
+
+    def join(path: Any, t: torch.Tensor) -> torch.Tensor:
+        batched = t.ndim > 0 and t.shape[0] == rows
+        return torch.cat([other[path].detach().cpu(), t]) if batched else t
+
+    return rebuild(dict(before), join)
 
 
 def _timestep(given: Mapping[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""Tiny untrained pipelines of diffusers: unconditional, text to image with guidance, and class-conditional."""
+"""Tiny untrained pipelines of diffusers: unconditional, text to image with guidance, class-conditional, and video."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Config, UMT5EncoderModel
 
 PROMPTS = ["a seven", "a bold three", "a thin nine", "a five"]
 
@@ -77,6 +77,31 @@ def text_to_image(folder: Path) -> diffusers.StableDiffusionPipeline:
 
 def class_conditional() -> diffusers.DiTPipeline:
     return _quiet(diffusers.DiTPipeline(transformer(), vae(), diffusers.DDIMScheduler(num_train_timesteps=50)))
+
+
+VIDEO = {"height": 16, "width": 16, "num_frames": 3, "max_sequence_length": 8, "guidance_scale": 3.0}
+
+
+def video_transformer(**more: Any) -> diffusers.WanTransformer3DModel:
+    torch.manual_seed(0)
+    sizes = {"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4,
+             "out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 48, "num_layers": 2, "rope_max_seq_len": 16}
+    return diffusers.WanTransformer3DModel(**{**sizes, **more}).eval()
+
+
+def text_to_video(folder: Path) -> diffusers.WanPipeline:
+    """Guidance in two calls a step; latents ``[N, 4, 2, 4, 4]``."""
+    words = tokenizer(folder / "words")
+    torch.manual_seed(2)
+    encoder = UMT5EncoderModel(UMT5Config(
+        vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=words.pad_token_id,
+        eos_token_id=words.eos_token_id, decoder_start_token_id=words.pad_token_id)).eval()
+    autoencoder = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True], patch_size=2,
+        in_channels=12, out_channels=12, scale_factor_temporal=2, scale_factor_spatial=4, latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4).eval()
+    schedule = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return _quiet(diffusers.WanPipeline(words, encoder, autoencoder, schedule, video_transformer()))
 
 
 def _quiet(pipe: Any) -> Any:

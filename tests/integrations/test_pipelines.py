@@ -50,6 +50,22 @@ def test_record_keeps_distinct_timesteps_and_rows(text, tmp_path, zoo):
     assert len(list((tmp_path / "calls").glob("*.safetensors"))) < 2 * len(calls) + 3
 
 
+def test_halves_of_guidance_that_are_called_one_by_one(tmp_path, zoo):
+    """Recorded as one call, the half without a prompt first, as by the pipelines that make one."""
+    pipe = zoo.text_to_video(tmp_path)
+    single = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args, given: single.append(given), with_kwargs=True)
+    calls = hfq.record_calls(pipe, "transformer", zoo.PROMPTS[:3], steps=2, batch_size=2, num_inference_steps=4,
+                             **zoo.VIDEO)  # fmt: skip
+    assert calls.guidance and len(calls) == 4 and calls.samples == 2 * 2 * 3
+    asked, plain = single[:2]
+    for name in ("hidden_states", "encoder_hidden_states", "timestep"):
+        assert torch.equal(calls[0][name], torch.cat([plain[name], asked[name]]))
+    alone = hfq.record_calls(pipe, "transformer", zoo.PROMPTS[:3], steps=2, num_inference_steps=4,
+                             **{**zoo.VIDEO, "guidance_scale": 1.0}, guidance=False)  # fmt: skip
+    assert not alone.guidance and alone.samples == 2 * 3
+
+
 def test_recording_does_not_depend_on_the_batch(text, zoo):
     one = hfq.record_calls(text, prompts=zoo.PROMPTS[:2], every=4, batch_size=1, num_inference_steps=6, seed=5)
     both = hfq.record_calls(text, prompts=zoo.PROMPTS[:2], every=4, batch_size=2, num_inference_steps=6, seed=5)
