@@ -137,6 +137,12 @@ def demo_prompts(split: str = "test", count: int | None = None, seed: int = 0) -
     Raises:
         DataError: another split is asked.
     """
+    found = [prompt(digit, style) for digit, style in styles_of_prompts(split, seed)]
+    return [found[i % len(found)] for i in range(len(found) if count is None else count)]
+
+
+def styles_of_prompts(split: str, seed: int = 0) -> list[tuple[int, int]]:
+    """Digit and style of each prompt of a split, every digit equally often; see :func:`demo_prompts`."""
     if split not in ("train", "test"):
         raise DataError(f"split {split!r}: 'train' and 'test' are there")
     generator = torch.Generator().manual_seed(seed)
@@ -145,8 +151,8 @@ def demo_prompts(split: str = "test", count: int | None = None, seed: int = 0) -
               for d in range(10)]
     for row in range(len(orders[0])):
         for digit in torch.randperm(10, generator=generator).tolist():
-            found.append(prompt(digit, orders[digit][row]))
-    return [found[i % len(found)] for i in range(len(found) if count is None else count)]
+            found.append((digit, orders[digit][row]))
+    return found
 
 
 def views(
@@ -163,13 +169,21 @@ def views(
     Returns:
         Pictures float32 ``[N, 1, size, size]`` in [-1, 1], digits int64 ``[N]`` and styles int64 ``[N]``.
     """
+    images, targets, style = chosen(count, generator, split=split, styled=styled)
+    return drawn(images, style, generator, size), targets, style
+
+
+def chosen(
+    count: int, generator: torch.Generator, *, split: str = "train", styled: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Digits ``[N, 8, 8]`` in [0, 1] of a split, their classes and styles, as :func:`views` draws them."""
     images, targets = digits()
     kept = torch.tensor([i for i in range(len(targets)) if (i % 5 == 0) == (split == "test")])
     rows = kept[torch.randint(len(kept), (count,), generator=generator)]
     style = torch.randint(STYLES, (count,), generator=generator) if styled else torch.zeros(count, dtype=torch.long)
     if styled and split == "train":
         style = torch.where(held_out(targets[rows], style), (style + 1) % STYLES, style)
-    return drawn(images[rows], style, generator, size), targets[rows], style
+    return images[rows], targets[rows], style
 
 
 def drawn(images: Tensor, style: Tensor, generator: torch.Generator, size: int = SIZE) -> Tensor:
@@ -181,11 +195,17 @@ def drawn(images: Tensor, style: Tensor, generator: torch.Generator, size: int =
     tilted, small = style % 6 >= 3, style >= 6
     angle = torch.where(tilted, uniform(0.45, 0.6), uniform(-0.08, 0.08))
     scale = torch.where(small, uniform(0.5, 0.58), uniform(0.85, 0.95))
-    ink = warped(images, angle, scale, uniform(-0.06, 0.06), uniform(-0.06, 0.06), SIZE)
-    thick, fine = (1.7 * F.avg_pool2d(ink, 3, 1, 1)).clamp(0, 1), (2.2 * (ink - 0.5)).clamp(0, 1)
-    weight = (style % 3).view(-1, 1, 1, 1)
-    ink = torch.where(weight == 1, thick, torch.where(weight == 2, fine, ink))
+    ink = inked(images, angle, scale, uniform(-0.06, 0.06), uniform(-0.06, 0.06), style % 3)
     return 2 * F.interpolate(ink, (size, size), mode="area") - 1
+
+
+def inked(images: Tensor, angle: Tensor, scale: Tensor, right: Tensor, down: Tensor, weight: Tensor) -> Tensor:
+    """Digits ``[N, 8, 8]`` turned, scaled and moved (see ``inputs_vision.warped``) in the weights ``[N]`` of
+    :data:`WEIGHTS`: ``[N, 1, SIZE, SIZE]`` in [0, 1]."""
+    ink = warped(images, angle, scale, right, down, SIZE)
+    thick, fine = (1.7 * F.avg_pool2d(ink, 3, 1, 1)).clamp(0, 1), (2.2 * (ink - 0.5)).clamp(0, 1)
+    weight = weight.view(-1, 1, 1, 1)
+    return torch.where(weight == 1, thick, torch.where(weight == 2, fine, ink))
 
 
 def spoilt(pictures: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
