@@ -11,7 +11,7 @@ Nothing is downloaded (extra ``vision``).
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from hfq.errors import DataError
 from hfq.integrations import demo_models
-from hfq.integrations.inputs import cache_folder
 from hfq.integrations.inputs_diffusion import SIZE, WEIGHTS, WORDS, Recipe, chosen, inked, styles_of_prompts
 
 __all__ = [
@@ -33,6 +32,13 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  
 DATA_VERSION = 1  # part of the hash of every recipe: raise it when clips or prompts change
 _SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "video" / "train.py"
 
+
+@dataclass(frozen=True)
+class _Recipe(Recipe):
+    def digest(self) -> str:
+        return demo_models.digest(asdict(self), [RECIPES[name].digest() for name in self.needs], DATA_VERSION, SIZE)
+
+
 # Pixels, a patch of two in the autoencoder, two rows and columns and two frames a latent: 5 x 8 x 8 latents.
 _AUTOENCODER = {
     "base_dim": 16, "z_dim": 8, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True],
@@ -40,8 +46,8 @@ _AUTOENCODER = {
     "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8,
 }  # fmt: skip
 RECIPES: dict[str, Recipe] = {
-    "vae": Recipe(_AUTOENCODER, steps=400, batch=6),
-    "wan": Recipe({
+    "vae": _Recipe(_AUTOENCODER, steps=400, batch=6),
+    "wan": _Recipe({
         "patch_size": [1, 2, 2], "num_attention_heads": 4, "attention_head_dim": 24, "in_channels": 8,
         "out_channels": 8, "text_dim": 64, "freq_dim": 64, "ffn_dim": 288, "num_layers": 4, "rope_max_seq_len": 32,
     }, steps=2400, batch=24, needs=("vae",), sampling={
@@ -127,10 +133,7 @@ def travelled(video: Tensor) -> Tensor:
 
 def model_folder(name: str) -> Path:
     """Where the trained model of a recipe lies in the cache, or would lie."""
-    if name not in RECIPES:
-        raise DataError(f"no demo video model {name!r}: {', '.join(RECIPES)} are the names")
-    parts = [asdict(RECIPES[part]) for part in (name, *RECIPES[name].needs)]
-    return cache_folder() / "models" / f"video-{name}-{demo_models.digest(parts, DATA_VERSION, SIZE)}"
+    return demo_models.folder_of("video", name, RECIPES)
 
 
 def demo_pipeline(name: str = "wan") -> Path:

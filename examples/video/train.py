@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfq.errors import DataError, HfqError
+from hfq.errors import DataError
 from hfq.integrations import demo_models, measure_video
 from hfq.integrations import inputs_video as inputs
 from hfq.integrations.inputs_diffusion import Recipe
@@ -180,23 +180,11 @@ def text_encoder(words: Any) -> Any:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(inputs.RECIPES), help="names, separated by commas")
-    parser.add_argument("--output", type=Path, help="where to write the model (default: the cache); one model only")
-    parser.add_argument("--steps", type=int, help="a trial with another number of steps; needs --output")
-    options = parser.parse_args()
-    names = [name.strip() for name in options.models.split(",")]
-    if options.steps and not options.output:
-        parser.error("--steps needs --output")
-    if options.output and len(names) > 1:
-        parser.error("--output takes one model: name it with --models")
-    try:
+    def run(options: argparse.Namespace, names: list[str]) -> None:
         for name in names:
             print(trained(name, options.output, options.steps))
-    except HfqError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+
+    return demo_models.script(demo_models.arguments(__doc__, inputs.RECIPES), run)
 
 
 if __name__ == "__main__":
