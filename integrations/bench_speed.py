@@ -17,7 +17,7 @@ from hfq.errors import ConfigError
 from hfq.evaluation.latency import decode_speeds, speeds
 from hfq.integrations import measure
 
-__all__ = ["ROWS", "measured", "model_of"]
+__all__ = ["ROWS", "Forms", "check_rows", "forms", "measured", "model_of", "row_of"]
 
 # Round to nearest where the way to the codes does not matter; the same layers serve every method.
 _CACHE = {"datatype": "int", "outliers": 0.0, "sink": 0, "pre_rope": False, "key_axis": "token"}
@@ -30,6 +30,8 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "kv4": ("cache of 4 bits, a range a token", "kvquant", {"kv_bits": 4, **_CACHE}),
     "kv4-codebook": ("cache of 4 bits, codebook, keys before RoPE", "kvquant", {"kv_bits": 4}),
 }  # fmt: skip
+# By key: title, method, options.
+Forms = Mapping[str, tuple[str, str, dict[str, Any]]]
 _RANDOM = re.compile(r"random:(\d+)x(\d+)")
 _SAMPLES, _SEQLEN = 2, 128
 
@@ -56,6 +58,40 @@ def model_of(name: str) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
+def check_rows(rows: Sequence[str], table: Forms) -> None:
+    """Raise :class:`ConfigError` unless all ``rows`` are in the table."""
+    unknown = [row for row in rows if row not in table]
+    if unknown:
+        raise ConfigError(f"--rows {unknown[0]!r}: {', '.join(table)} are the rows of such models")
+
+
+def forms(
+    model: Any, rows: Sequence[str], table: Forms, data: Any, calibration: Mapping[str, int], say: Callable[[str], Any],
+) -> dict[str, Any]:
+    """``model`` as "float" and a quantized copy of it for every row, by title.
+
+    Args:
+        data: for the methods that want some, with the options ``calibration``.
+    """
+    import hfq
+
+    made = {"float": model}
+    for title, method, options in (table[row] for row in rows):
+        say(f"quantize: {title}")
+        wants = hfq.HfqConfig(method=method, **options).wants_data
+        config = hfq.HfqConfig(method=method, **options, **(calibration if wants else {}))
+        made[title] = copy.deepcopy(model)
+        hfq.quantize(made[title], config, data if wants else None)
+    return made
+
+
+def row_of(title: str, model: Any, tokens: int = 1) -> dict[str, Any]:
+    """What a row says about the model itself: kernels for so many tokens, bits."""
+    row = {"name": title, "kernel": measure.kernels_used(model, tokens) or None}
+    report = getattr(model, "hfq_report", None)
+    return row if report is None else row | {"bits_per_weight": report.bits_per_weight()}
+
+
 def measured(
     name: str, rows: Sequence[str], *, prompt: int = 512, context: int = 0, new_tokens: int = 32, rounds: int = 5,
     say: Callable[[str], Any] = lambda text: None,
@@ -69,45 +105,26 @@ def measured(
     Returns:
         Rows with the keys of :data:`hfq.integrations.results.COLUMNS`; ratios are to the float model.
     """
-    import hfq
-
-    unknown = [row for row in rows if row not in ROWS]
-    if unknown:
-        raise ConfigError(f"--rows {unknown[0]!r}: {', '.join(ROWS)} are the rows")
+    check_rows(rows, ROWS)
     model = model_of(name)
-    models: dict[str, Any] = {"float": model}
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     longest = max(prompt, context, _SEQLEN)
     ids = torch.randint(vocabulary, (1, longest), generator=generator)
     data = [{"input_ids": torch.randint(vocabulary, (1, _SEQLEN), generator=generator)} for _ in range(_SAMPLES)]
-    for row in rows:
-        title, method, options = ROWS[row]
-        say(f"quantize: {title}")
-        config = hfq.HfqConfig(method=method, **_with_data(method, options))
-        quantized = copy.deepcopy(model)
-        hfq.quantize(quantized, config, data if config.wants_data else None)
-        models[title] = quantized
+    calibration = {"calibration_samples": _SAMPLES, "calibration_seqlen": _SEQLEN}
+    models = forms(model, rows, ROWS, data, calibration, say)
     say("measure")
     found = speeds(models, ids[:, :prompt], new_tokens=new_tokens, rounds=rounds)
     later = decode_speeds(models, ids[:, :context], new_tokens=new_tokens, rounds=rounds) if context else None
     return [_row(title, models[title], speed, later) for title, speed in found.items()]
 
 
-def _with_data(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    from hfq.methods import config_class
-
-    if not config_class(method).needs_calibration:
-        return dict(options)
-    return {**options, "calibration_samples": _SAMPLES, "calibration_seqlen": _SEQLEN}
-
-
 def _row(title: str, model: Any, speed: Any, later: Mapping[str, tuple[float, float]] | None) -> dict[str, Any]:
-    row = {"name": title, "prefill_ratio": speed.prefill_ratio, "decode": speed.decode,
-           "decode_ratio": speed.decode_ratio, "kernel": measure.kernels_used(model) or None}  # fmt: skip
+    row = row_of(title, model) | {"prefill_ratio": speed.prefill_ratio, "decode": speed.decode,
+                                  "decode_ratio": speed.decode_ratio}  # fmt: skip
     report = getattr(model, "hfq_report", None)
     if report is not None:
-        row["bits_per_weight"] = report.bits_per_weight() if any(line.numel for line in report.packed) else None
         row["cache_bits"] = next((line.bits for line in report.packed if line.kind == "cache"), None)
     if later is not None:
         row["decode"], row["decode_ratio"] = later[title]

@@ -7,10 +7,9 @@ elsewhere.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from hfq.errors import ConfigError
 from hfq.evaluation.latency import call_speeds, op_shares
 from hfq.integrations import measure
+from hfq.integrations.bench_speed import check_rows, forms, row_of
 
 __all__ = ["ROWS", "is_shape", "measured", "model_of"]
 
@@ -113,27 +113,20 @@ def measured(name: str, rows: Sequence[str], *, batch: int = 16, rounds: int = 5
     Raises:
         ConfigError: an unknown row.
     """
-    import hfq
-
-    unknown = [row for row in rows if row not in ROWS]
-    if unknown:
-        raise ConfigError(f"--rows {unknown[0]!r}: {', '.join(ROWS)} are the rows of image models")
+    check_rows(rows, ROWS)
     model, side = model_of(name)
     images = torch.randn(max(batch, _SAMPLES), 3, side, side, generator=torch.Generator().manual_seed(0))
     feed = _step if name.startswith("unet:") else _pixels
-    models: dict[str, Any] = {"float": model}
-    for row in rows:
-        title, method, options = ROWS[row]
-        say(f"quantize: {title}")
-        config = hfq.HfqConfig(method=method, **_with_samples(options))
-        quantized = copy.deepcopy(model)
-        hfq.quantize(quantized, config, [feed(images[:_SAMPLES])] if config.wants_data else None)
-        models[title] = quantized
+    models = forms(model, rows, ROWS, [feed(images[:_SAMPLES])], {"calibration_samples": _SAMPLES}, say)
     say("measure")
     given = feed(images[:batch])
     calls = {title: lambda m=m: m(**given) for title, m in models.items()}
     found = call_speeds(calls, rounds=rounds)
-    return [_row(title, models[title], batch, *found[title]) | {"shares": op_shares(calls[title])} for title in models]
+    return [
+        row_of(title, each, batch) | {"seconds_per_call": found[title][0], "speed_ratio": found[title][1],
+                                      "shares": op_shares(calls[title])}
+        for title, each in models.items()
+    ]  # fmt: skip
 
 
 def _pixels(images: torch.Tensor) -> dict[str, Any]:
@@ -142,14 +135,3 @@ def _pixels(images: torch.Tensor) -> dict[str, Any]:
 
 def _step(images: torch.Tensor) -> dict[str, Any]:
     return {"sample": images, "timestep": torch.tensor(500)}
-
-
-def _with_samples(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {**options, **({"calibration_samples": _SAMPLES} if "activation_bits" in options else {})}
-
-
-def _row(title: str, model: Any, batch: int, seconds: float, ratio: float) -> dict[str, Any]:
-    row = {"name": title, "seconds_per_call": seconds, "speed_ratio": ratio,
-           "kernel": measure.kernels_used(model, batch) or None}  # fmt: skip
-    report = getattr(model, "hfq_report", None)
-    return row if report is None else row | {"bits_per_weight": report.bits_per_weight()}
