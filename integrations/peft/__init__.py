@@ -16,7 +16,7 @@ __all__ = [
 
 _HOMES = {
     "QALoraConfig": "qalora", "QALoraModel": "qalora", "learning_groups": "qalora", "RankDecayConfig": "rank_decay",
-    "RankDecayModel": "rank_decay", "RankDecayCallback": "rank_decay", "decay_step": "rank_decay",
+    "RankDecayModel": "rank_decay", "RankDecayCallback": "callback", "decay_step": "rank_decay",
     "prepare_for_training": "preparation",
 }
 

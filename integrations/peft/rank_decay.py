@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
-from transformers import TrainerCallback
 
 from hfq.calibration import ranks
 from hfq.errors import ConfigError, QuantizationError
@@ -25,7 +24,7 @@ from hfq.layers import substitute
 from hfq.rounding.learned_step import weight_codes, weight_grid
 from hfq.training.decay import Decay, factorise, refactorise
 
-__all__ = ["RankDecayCallback", "RankDecayConfig", "RankDecayLayer", "RankDecayModel", "decay_step"]
+__all__ = ["RankDecayConfig", "RankDecayLayer", "RankDecayModel", "decay_step"]
 
 
 @dataclass
@@ -210,13 +209,3 @@ def decay_step(model: nn.Module, step: int) -> int:
     if not layers:
         raise ConfigError("the model has no HFQ_RANK_DECAY adapter")
     return max(layer.advance(name, step) for layer in layers for name in layer.known(layer.active_adapters))
-
-
-class RankDecayCallback(TrainerCallback):
-    """Calls :func:`decay_step` at every step of a ``Trainer``."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        decay_step(model, state.global_step)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        decay_step(model, state.global_step)

@@ -69,6 +69,18 @@ out["registered"] = "hfq" in transformers.quantizers.auto.AUTO_QUANTIZATION_CONF
     assert found["registered"]
 
 
+def test_peft_first_imported_inside_the_trainer(child):
+    """``Trainer`` imports peft before it is itself complete."""
+    found = child("""
+from transformers import Trainer
+assert "peft" in sys.modules
+import peft
+out["registered"] = [name in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING for name in ("HFQ_QALORA", "HFQ_RANK_DECAY")]
+from hfq.integrations.peft import RankDecayCallback
+""")
+    assert found["registered"] == [True, True]
+
+
 def test_import_after_the_libraries(child):
     """With the entry point off: registration happens at ``import hfq``, in every library that is there."""
     found = child("""

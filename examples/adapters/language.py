@@ -1,0 +1,179 @@
+"""Teach a 4-bit language model another language with LoRA, and measure what it costs and what it brings.
+
+    python examples/adapters/language.py                                    # SmolLM2-135M, French Wikipedia
+    python examples/adapters/language.py --data es --steps 200
+    python examples/adapters/language.py --model <Hub id> --data <Hub id or file> --output out/mine
+
+In order: the float model is packed; a LoRA adapter is trained on it by transformers' ``Trainer``; the same steps run on
+the float model for comparison of memory; the adapter file is loaded on the packed and on the float model; an adapter in
+groups (QA-LoRA) is trained and merged, and the merged model's logits are compared with the unmerged ones. Every
+training runs in a process of its own, so that its memory is its own. The figures land in ``<output>/results.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import hfq
+from hfq.errors import HfqError
+from hfq.evaluation.perplexity import logits_of, perplexity
+from hfq.integrations import inputs, measure
+from hfq.integrations.cli import screen
+from hfq.integrations.results import machine
+
+# Steps after which the float model's memory does not rise any more.
+MEMORY_STEPS = 6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=measure.DEMO, help="Hub id or folder")
+    parser.add_argument("--data", default="fr", help="fr, es, a Hub id, or a file with text")
+    parser.add_argument("--output", type=Path, default=Path("out/adapters"))
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=100, help="of one window each")
+    parser.add_argument("--length", type=int, default=256, help="tokens a window")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--windows", type=int, default=24, help="test windows of 512 tokens")
+    parser.add_argument("--train", choices=list(KINDS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    try:
+        if options.train:
+            train(options, options.train)
+        else:
+            run(options)
+    except HfqError as error:
+        screen.error(str(error))
+        return 1
+    return 0
+
+
+# What is trained: on the packed model or not, in groups or not, all steps or those that memory needs.
+KINDS = {"packed": (True, False, True), "float": (False, False, False), "grouped": (True, True, True)}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Pack, train in three processes, measure."""
+    from peft import PeftModel
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    source = measure.resolve(options.model)
+    tokenizer, text = measure.load_tokenizer(source), open_text(options.data)
+    windows = text.windows(tokenizer, options.windows, 512)
+    found: dict[str, Any] = {"model": options.model, "data": text.title, "windows": len(windows), "machine": machine()}
+    found |= {name: getattr(options, name) for name in ("bits", "group_size", "rank", "steps", "length", "lr")}
+
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    found["float"] = perplexity(base, windows)
+    packed = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=hfq.RTNConfig(
+        bits=options.bits, group_size=options.group_size, symmetric=False)).eval()
+    packed.save_pretrained(options.output / "base")
+    found["packed"] = perplexity(packed, windows)
+    del packed
+    for kind in KINDS:
+        screen.say(f"training: {kind}")
+        found[f"training {kind}"] = in_its_own_process(kind)
+
+    base = PeftModel.from_pretrained(base, options.output / "packed").eval()
+    found["float with the adapter"] = perplexity(base, windows)
+    del base
+    tuned = PeftModel.from_pretrained(load_base(options), options.output / "packed").eval()
+    found["packed with the adapter"] = perplexity(tuned, windows)
+    grouped = PeftModel.from_pretrained(load_base(options), options.output / "grouped").eval()
+    found["packed with groups"] = perplexity(grouped, windows)
+    before = logits_of(grouped, torch.tensor(windows[:1]))
+    merged = grouped.merge_and_unload()
+    found["merged difference"] = float((logits_of(merged, torch.tensor(windows[:1])) - before).abs().max())
+    found["memory ratio"] = found["training packed"]["peak_bytes"] / found["training float"]["peak_bytes"]
+    (options.output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    screen.say(summary(found))
+    return found
+
+
+def summary(found: dict[str, Any]) -> str:
+    lines = [f"{name:26} {found[name]:8.2f}" for name in
+             ("float", "packed", "packed with the adapter", "float with the adapter", "packed with groups")]
+    change = 1 - found["packed with the adapter"] / found["packed"]
+    return "\n".join([
+        f"Perplexity, {found['data']}:", *lines, f"perplexity lower by {100 * change:.1f} %",
+        f"memory of the training: {found['memory ratio']:.2f} of that on the float model",
+        f"largest difference of logits after the exact merge: {found['merged difference']:.1e}",
+    ])
+
+
+def in_its_own_process(kind: str) -> dict[str, Any]:
+    """This script again, with the same options; what it measured is the last line it writes."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--train", kind]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def train(options: argparse.Namespace, kind: str) -> None:
+    """Train one adapter into ``<output>/<kind>`` and print time, memory and losses as one line of JSON."""
+    from peft import LoraConfig, get_peft_model
+
+    on_packed, in_groups, whole = KINDS[kind]
+    start = resident()
+    torch.manual_seed(0)
+    if on_packed:
+        model = hfq.prepare_for_training(load_base(options))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(measure.resolve(options.model), dtype=torch.float32)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    groups = {"use_qalora": True, "qalora_group_size": options.group_size} if in_groups else {}
+    model = get_peft_model(model, LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules="all-linear",
+                                             task_type="CAUSAL_LM", **groups))
+    tokenizer = measure.load_tokenizer(options.model)
+    tokens = tokenizer(open_text(options.data).train, add_special_tokens=False, verbose=False)["input_ids"]
+    steps = options.steps if whole else min(MEMORY_STEPS, options.steps)
+    rows = [{"input_ids": ids, "labels": ids} for ids in inputs.windows(tokens, options.length, options.steps, seed=0)]
+    trainer = Trainer(model=model, train_dataset=rows, args=TrainingArguments(
+        output_dir=str(options.output / "trainer"), max_steps=steps, per_device_train_batch_size=1,
+        learning_rate=options.lr, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), logging_steps=1,
+        save_strategy="no", report_to=[], use_cpu=not torch.cuda.is_available(), seed=0, disable_tqdm=None,
+    ))
+    started, cpu = time.perf_counter(), time.process_time()
+    trainer.train()
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    model.save_pretrained(options.output / kind)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print(json.dumps({
+        "steps": steps, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "peak_bytes": peak() - start,
+        "adapter_bytes": sum(f.stat().st_size for f in (options.output / kind).glob("*.safetensors")), "losses": losses,
+    }))
+
+
+def load_base(options: argparse.Namespace) -> Any:
+    return AutoModelForCausalLM.from_pretrained(options.output / "base", dtype=torch.float32)
+
+
+def open_text(data: str) -> measure.Text:
+    if data in inputs.TEXT_FILES and not Path(data).exists():
+        return measure.Text(*inputs.demo_text(data), f"Wikipedia introductions ({data}), every tenth by title")
+    return measure.open_text(data)
+
+
+def resident() -> int:
+    """Memory of this process, pages of mapped files included: a float model that is read from a file needs them too."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
