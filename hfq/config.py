@@ -236,14 +236,14 @@ class HfqConfig(QuantizationConfigMixin):
         place = getattr(self._environment, "placement", None)
         return nullcontext(module) if place is None else place(module)
 
-    def walk_options(self) -> dict[str, Any]:
-        """Arguments of ``calibration.walk`` that come from above: placement, progress bar, progress folder."""
+    def walk_options(self, part: str = "") -> dict[str, Any]:
+        """Arguments of ``calibration.walk`` that come from above: placement, bar, progress folder (of a part)."""
         environment, saved = self._environment, self.to_dict()
         return {
             "fingerprint": {k: v for k, v in saved.items() if k not in ("manifest", "summary", "allow_partial")},
             "placement": getattr(environment, "placement", None),
             "progress": getattr(environment, "progress", None) if self.progress else None,
-            "progress_dir": self.work_dir,
+            "progress_dir": os.path.join(self.work_dir, part) if part and self.work_dir is not None else self.work_dir,
         }
 
     data = property(lambda self: self._data, doc="The calibration data as given (object, path or Hub id), or ``None``.")

@@ -174,8 +174,13 @@ def observe(
     return _everywhere(found)
 
 
-def levels_of(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, each: bool = True) -> times.NoiseLevels:
+def levels_of(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], *, each: bool = True, rule: str = "nearest"
+) -> times.NoiseLevels:
     """The noise levels of the calibration data, from noise to image; one for all of them unless ``each``.
+
+    Args:
+        rule: which of them a call has, see :class:`hfq.layers.times.NoiseLevels`.
 
     Raises:
         DataError: a batch has none, or its rows have different ones.
@@ -183,7 +188,7 @@ def levels_of(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, each: b
     """
     times.position_of(model)
     levels = sorted(set(trajectories.timesteps_of(batches)), reverse=True)
-    return times.NoiseLevels(levels if each else levels[:1])
+    return times.NoiseLevels(levels if each else levels[:1], rule)
 
 
 @contextmanager

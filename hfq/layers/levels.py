@@ -61,9 +61,9 @@ def following(model: nn.Module) -> Iterator[tuple[OneWeight | AttentionProducts,
 
 @torch.no_grad()
 def thin(model: nn.Module, timesteps: Sequence[float]) -> NoiseLevels:
-    """Keep of all ranges those of the levels nearest to ``timesteps`` (a shorter loop's), which are the levels then.
+    """Keep of all ranges those that calls at ``timesteps`` (a shorter loop's) have, which are the levels then.
 
-    A model finds the nearest level by itself: this saves what it will not use. The levels that a model has give the
+    A model finds its level by itself: this saves what it will not use. The levels that a model has give the
     model that it was.
 
     Raises:
@@ -74,7 +74,7 @@ def thin(model: nn.Module, timesteps: Sequence[float]) -> NoiseLevels:
         raise QuantizationError(f"{type(model).__name__} has no ranges that follow the noise level")
     if any(isinstance(module, InputBanks) for module in model.modules()):
         raise QuantizationError(f"{type(model).__name__} has groups that follow the noise level: thin none")
-    index, new = [old.nearest(float(t)) for t in timesteps], NoiseLevels(timesteps)
+    index, new = [old.of(float(t)) for t in timesteps], NoiseLevels(timesteps, old.rule)
     for part, names in parts:
         for name in names:
             values: torch.Tensor = part._parameters[name]  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """The noise level at which a denoiser is called: what its parts are told apart by.
 
-A model with such parts has hooks that read the timestep of every call. Its parts ask for the nearest level that was
-calibrated (:class:`NoiseLevels`), or are told the timestep before the call (:class:`Follower`): either way schedulers
+A model with such parts has hooks that read the timestep of every call. Its parts ask for a level that was calibrated
+(:class:`NoiseLevels`), or are told the timestep before the call (:class:`Follower`): either way schedulers
 and numbers of steps may change.
 """
 
@@ -21,10 +21,11 @@ from hfq.errors import CheckpointError, QuantizationError
 from hfq.layers.hooks import unhook
 
 __all__ = [
-    "Follower", "NoiseLevels", "at", "chosen", "counted", "describe", "from_manifest", "install", "listen", "of",
-    "position_of", "read", "remove",
+    "RULES", "Follower", "NoiseLevels", "at", "chosen", "counted", "describe", "from_manifest", "install", "listen",
+    "of", "position_of", "read", "remove",
 ]  # fmt: skip
 
+RULES = ("nearest", "above")
 # What denoisers call it.
 _ARGUMENT = "timestep"
 _ATTRIBUTE = "hfq_noise_levels"
@@ -37,14 +38,18 @@ class NoiseLevels:
 
     Args:
         levels: timesteps; one alone serves every call.
+        rule: which level a call has: the "nearest" one, or the last one "above" it (on the way from noise to picture a
+            level holds until the next one is reached; above all of them it is the highest).
 
     Raises:
-        QuantizationError: none, or one that is no number.
+        QuantizationError: none, or one that is no number; another rule.
     """
 
-    def __init__(self, levels: Sequence[float]) -> None:
-        self.levels = tuple(float(level) for level in levels)
+    def __init__(self, levels: Sequence[float], rule: str = "nearest") -> None:
+        self.levels, self.rule = tuple(float(level) for level in levels), rule
         self.told = False  # whether somebody was told that the model is used on other sizes
+        if rule not in RULES:
+            raise QuantizationError(f"rule={rule!r} of noise levels: one of {RULES}")
         if not self.levels or not all(map(math.isfinite, self.levels)):
             raise QuantizationError(f"noise levels {self.levels}: one or more finite numbers are needed")
 
@@ -52,7 +57,7 @@ class NoiseLevels:
         return len(self.levels)
 
     def index(self) -> int:
-        """Number of the level nearest to that of the running call.
+        """Number of the level of the running call.
 
         Raises:
             QuantizationError: no call of the whole model is running.
@@ -63,7 +68,15 @@ class NoiseLevels:
         if not running:
             raise QuantizationError("a part that was calibrated for single noise levels ran outside of its model: call "
                                     "the model, which is told the timestep")
-        return self.nearest(running[-1])
+        return self.of(running[-1])
+
+    def of(self, timestep: float) -> int:
+        """Number of the level that a call at ``timestep`` has."""
+        if self.rule == "nearest":
+            return self.nearest(timestep)
+        above = [i for i, level in enumerate(self.levels) if level >= timestep]
+        every = range(len(self.levels))
+        return min(above, key=lambda i: self.levels[i]) if above else max(every, key=lambda i: self.levels[i])
 
     def nearest(self, timestep: float) -> int:
         """Number of the level nearest to a timestep; of two, the first."""
@@ -213,7 +226,10 @@ def of(model: nn.Module) -> NoiseLevels | None:
 def describe(model: nn.Module) -> dict[str, Any]:
     """The manifest's part about the model's levels, JSON only; empty without any."""
     found = of(model)
-    return {} if found is None else {"noise_levels": list(found.levels)}
+    if found is None:
+        return {}
+    levels = list(found.levels)
+    return {"noise_levels": levels if found.rule == "nearest" else {"levels": levels, "rule": found.rule}}
 
 
 def from_manifest(model: nn.Module, given: Any) -> NoiseLevels:
@@ -222,13 +238,19 @@ def from_manifest(model: nn.Module, given: Any) -> NoiseLevels:
     Raises:
         CheckpointError: they are damaged, or the model has others, or is no denoiser.
     """
-    if not isinstance(given, list) or any(type(one) not in (int, float) for one in given):
+    plain = isinstance(given, list)
+    values, rule = (given, "nearest") if plain else (given["levels"], given["rule"]) if _has_rule(given) else (None, "")
+    if not isinstance(values, list) or any(type(one) not in (int, float) for one in values):
         raise CheckpointError(f"the noise levels in the manifest are damaged: {given!r}")
     try:
         position_of(model)
-        levels, present = NoiseLevels(given), of(model)
+        levels, present = NoiseLevels(values, rule), of(model)
     except QuantizationError as error:
         raise CheckpointError(f"the noise levels in the manifest cannot be used: {error}") from error
-    if present is not None and present.levels != levels.levels:
+    if present is not None and (present.levels, present.rule) != (levels.levels, levels.rule):
         raise CheckpointError(f"{type(model).__name__} has noise levels already, and others than the manifest says")
     return levels if present is None else present
+
+
+def _has_rule(given: Any) -> bool:
+    return isinstance(given, Mapping) and set(given) == {"levels", "rule"}

@@ -103,7 +103,7 @@ def quantize(model: Any, data: Any, config: QDiffusionConfig, report: Report) ->
 
     rounded = learned_units.learn(
         plan, config.traced_plan(full, data, units=True), data, how, course, report, seed=config.seed,
-        after=None if behind else pack, **_options(config, "weights"),
+        after=None if behind else pack, **config.walk_options("weights"),
     )  # 7
     if behind:
         _inputs(model, full, data, how, course, rounded, config, report)
@@ -119,7 +119,7 @@ def _inputs(
 
     plan = config.traced_plan(model, data, units=True)
     with Reference(config.traced_plan(full, data, units=True), data) as floats:
-        for step in walk(plan, data, report=report, **_options(config, "inputs")):
+        for step in walk(plan, data, report=report, **config.walk_options("inputs")):
             inputs = phases.measure(step, list(rounded), how, config.attention)
             curve = phases.fit_inputs(step, inputs, floats.step(step.block.name), course, how,
                                       generator(config.seed, -1 - step.index))
@@ -147,10 +147,3 @@ def _course(config: QDiffusionConfig) -> Any:
     return Course(config.steps, config.lr, config.activation_steps, config.lr_activation, config.batch_size,
                   config.penalty, sharp, config.warmup, config.loss_axis == "sum")
 
-
-def _options(config: QDiffusionConfig, phase: str) -> dict[str, Any]:
-    """Of one walk; both have progress folders of their own."""
-    options = config.walk_options()
-    if options["progress_dir"] is not None:
-        options["progress_dir"] = f"{options['progress_dir']}/{phase}"
-    return options

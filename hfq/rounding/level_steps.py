@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -25,7 +26,8 @@ class LearnedLevels(nn.Module):
 
     Args:
         specs: static grid of each input, by name.
-        start: ``(scale, zero point or None)`` of each, ``[1]`` for all levels or ``[levels]``.
+        start: ``(scale, zero point or None)`` of each, ``[1]`` for all levels or ``[levels]``. An input in groups has
+            ``[1 or levels, groups]``; zero points that are not learned may lie off its grid.
         levels: noise levels; the running call says which one counts (:mod:`hfq.layers.times`).
         floor: scales count as this at least; below it, gradients still pass.
         learn_zero: zero points are learned too, as floats. Whole numbers within the grid are used, gradients pass
@@ -37,25 +39,32 @@ class LearnedLevels(nn.Module):
         floor: float = 1e-6, learn_zero: bool = True,
     ) -> None:
         super().__init__()
-        self.specs, self.levels, self.floor = dict(specs), levels, floor
-        self._place = {name: number for number, name in enumerate(self.specs)}
+        self.specs, self.levels, self.floor, self.learn_zero = dict(specs), levels, floor, learn_zero
         wrong = next((name for name, spec in self.specs.items() if spec.dynamic or name not in start), None)
         if wrong is not None:
             raise QuantizationError(f"{wrong}: a stored range to start from is needed")
-        scale, zero = (self._table([start[name][part] for name in self.specs]) for part in (0, 1))
+        given = [start[name] for name in self.specs]
+        self.grouped = {name for name in self.specs if start[name][0].dim() > 1}
+        scales = [self._table(scale) for scale, _ in given]
+        zeros = [torch.zeros_like(scale) if zero is None else self._table(zero)
+                 for scale, (_, zero) in zip(scales, given, strict=True)]  # fmt: skip
+        ends = list(accumulate((scale.shape[1] for scale in scales), initial=0))
+        self._place = {name: slice(*ends[i : i + 2]) for i, name in enumerate(self.specs)}
+        scale, zero = (torch.cat(part, 1) if part else torch.empty(len(levels), 0) for part in (scales, zeros))
         self.scale = nn.ParameterList(nn.Parameter(column.clone()) for column in scale)
         self.zero_point = nn.ParameterList(nn.Parameter(column.clone(), requires_grad=learn_zero) for column in zero)
 
-    def _table(self, given: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """``[levels, inputs]`` float32."""
-        rows = [torch.zeros(1) if one is None else one.detach().float().reshape(-1).cpu() for one in given]
-        wrong = next((n for n in map(len, rows) if n not in (1, len(self.levels))), None)
-        if wrong is not None:
-            raise QuantizationError(f"{wrong} ranges for {len(self.levels)} noise levels")
-        return torch.stack([row.expand(len(self.levels)) for row in rows] or [torch.empty(len(self.levels), 0)], 1)
+    def _table(self, given: torch.Tensor) -> torch.Tensor:
+        """``[levels, groups]`` float32."""
+        rows = given.detach().float().cpu()
+        rows = rows.reshape(-1, 1) if rows.dim() < 2 else rows
+        if len(rows) not in (1, len(self.levels)):
+            raise QuantizationError(f"{len(rows)} ranges for {len(self.levels)} noise levels")
+        return rows.expand(len(self.levels), -1)
 
     def at(self, name: str) -> Parameters:
-        """``(scale [1], zero point [1] or None)`` of an input at the level of the running call, as they will be stored.
+        """``(scale [1 or groups], zero point of that shape or None)`` of an input at the level of the running call, as
+        they will be stored.
 
         Raises:
             QuantizationError: no call is running, and there is more than one level.
@@ -68,13 +77,15 @@ class LearnedLevels(nn.Module):
 
     def _used(self, name: str, index: int) -> Parameters:
         place, spec = self._place[name], self.specs[name]
-        scale, zero = self.scale[index][place].reshape(1), self.zero_point[index][place].reshape(1)
+        scale, zero = self.scale[index][place], self.zero_point[index][place]
         scale = straight(scale, scale.detach().clamp(min=self.floor))
-        return scale, None if spec.symmetric else straight(zero, zero.detach().round().clamp(0, spec.max_code))
+        if spec.symmetric:
+            return scale, None
+        return scale, straight(zero, zero.detach().round().clamp(0, spec.max_code)) if self.learn_zero else zero
 
     @torch.no_grad()
     def params(self, name: str) -> Parameters:
-        """What is stored of an input: scale and zero point ``[levels]``."""
+        """What is stored of an input: scale and zero point ``[levels]``, in groups ``[levels, groups]``."""
         found = [self._used(name, index) for index in range(len(self.levels))]
-        scale, zero = torch.cat([one for one, _ in found]), [one for _, one in found]
-        return scale, None if zero[0] is None else torch.cat(zero)  # type: ignore[arg-type]
+        parts = [None if part[0] is None else torch.stack(part) for part in zip(*found, strict=True)]
+        return tuple(part if part is None or name in self.grouped else part[:, 0] for part in parts)  # type: ignore[return-value]

@@ -18,7 +18,7 @@ from hfq.calibration.rows import batch_rows
 from hfq.errors import ConfigError, DataError, QuantizationError
 from hfq.training.progress import Saved
 
-__all__ = ["SCHEDULES", "Objective", "Rows", "fit", "mean_loss", "rows_of"]
+__all__ = ["SCHEDULES", "Objective", "Rows", "fit", "gathered", "mean_loss", "rows_of"]
 
 SCHEDULES = ("cosine", "linear", "constant")
 ProgressBar = Callable[[int, str], Any]
@@ -132,7 +132,7 @@ def mean_loss(evaluate: Callable[[Mapping[str, Any]], tuple[float, int]], batche
     found = [(i, row) for i, batch in enumerate(batches) for row in range(batch_rows(dict(batch)))][:rows]
     mine = found[ranks.rank() :: ranks.count()]
     sums = torch.zeros(2, dtype=torch.float64)
-    for part in _gathered(batches, mine, micro_batch):
+    for part in gathered(batches, mine, micro_batch):
         sums += torch.tensor(evaluate(part), dtype=torch.float64)
     total, count = ranks.sum_(sums).tolist()
     return total / max(count, 1)
@@ -195,12 +195,13 @@ class _Rows:
         """This process' share of the rows of a step, in passes."""
         numbers = range(step * self.size, (step + 1) * self.size)
         chosen = [self.places[self._order(n // len(self.places))[n % len(self.places)]] for n in numbers]
-        yield from _gathered(self.batches, chosen[ranks.rank() :: ranks.count()], micro_batch)
+        yield from gathered(self.batches, chosen[ranks.rank() :: ranks.count()], micro_batch)
 
 
-def _gathered(
+def gathered(
     batches: Sequence[Mapping[str, Any]], places: Sequence[tuple[int, int]], micro_batch: int
 ) -> Iterator[dict[str, Any]]:
+    """Rows at ``places`` (batch, row), ``micro_batch`` of one batch at once."""
     by_batch: dict[int, list[int]] = {}
     for i, row in places:
         by_batch.setdefault(i, []).append(row)

@@ -42,6 +42,24 @@ def test_the_nearest_level_serves_any_timestep() -> None:
     assert net.seen == [0, 0, 1, 2, 2, 0, 1, 2]
 
 
+def test_a_level_holds_until_the_next_one_is_reached() -> None:
+    levels = NoiseLevels([900, 500, 100], "above")
+    given = [999, 900, 899, 501, 500, 499, 101, 100, 99, 0, -5]
+    assert [levels.of(t) for t in given] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    net = Denoiser()
+    times.install(net, levels)
+    net(torch.zeros(2), 501)
+    assert net.seen == [0]
+    entry = times.describe(net)["noise_levels"]
+    again = times.from_manifest(Denoiser(), entry)
+    assert (again.levels, again.rule) == (levels.levels, "above") and times.from_manifest(net, entry) is levels
+    with pytest.raises(CheckpointError, match="others than"):
+        times.from_manifest(net, [900, 500, 100])
+    for wrong in ({**entry, "rule": "x"}, {**entry, "levels": 3}, {"levels": [1.0]}, "above"):
+        with pytest.raises(CheckpointError, match="noise levels"):
+            times.from_manifest(Denoiser(), wrong)
+
+
 def test_what_is_no_single_timestep() -> None:
     net, x = model(), torch.zeros(2)
     for wrong, text in ((torch.tensor([3.0, 4.0]), "different timesteps"), (float("nan"), "finite"), ("a", "finite")):
