@@ -19,7 +19,6 @@ _LOOKED = 64  # rows on which the error of the prediction is measured
 # The inputs of the first and of the last layer of a denoiser have 8 bits.
 _ENDS = ("conv_in", "conv_out", "pos_embed.proj", "proj_out", "proj_out_2")
 _TIME = ("time_emb_proj", "norm1.linear", "adaln_single.linear", "timestep_embedder")
-_EMBEDDING = ("time_embedding",)
 # What is critical: UNets that read a text, those without a condition, transformers.
 _CRITICAL = {"text": ("ff.net.0.proj", "ff.net.2"), "plain": ("to_q", "to_k", "to_v"),
              "transformer": ("ff.net.2", "attn1.to_q", "attn1.to_k", "attn1.to_v")}  # fmt: skip
@@ -91,12 +90,9 @@ class QuESTConfig(HfqConfig):
     def check(self) -> None:
         if self.group_size != -1:
             raise ConfigError(f"group_size={self.group_size}: quest has one grid an output channel (-1)")
-        if self.split_shortcut and any(map(self.grouped, self._widths())):
-            raise ConfigError("split_shortcut=True: with a range for each input channel there are no halves of inputs; "
-                              "use channels='never'")
-
-    def _widths(self) -> list[int]:
-        return [self.activation_bits, *(one.get("activation_bits", 16) for one in self.overrides.values())]
+        widths = [self.activation_bits, *(one.get("activation_bits", 16) for one in self.overrides.values())]
+        if self.split_shortcut and any(map(self.grouped, widths)):
+            raise ConfigError("split_shortcut=True: a range for each input channel has no halves: use channels='never'")
 
     def grouped(self, bits: int) -> bool:
         """Whether inputs of this width have a range for each channel."""
@@ -120,9 +116,10 @@ class QuESTConfig(HfqConfig):
         Raises:
             ConfigError: there are none, or a pattern names none.
         """
-        kind = "plain" if not any(select.matches(name, "ff.net.2") for name in names) else "text"
-        kind = "transformer" if kind == "text" and not any(select.matches(n, "time_emb_proj") for n in names) else kind
-        time = self.time_layers or [*_TIME, *(_EMBEDDING if self.time_embedding else ())]
+        plain = not any(select.matches(name, "ff.net.2") for name in names)
+        unet = any(select.matches(name, "time_emb_proj") for name in names)
+        kind = "plain" if plain else "text" if unet else "transformer"
+        time = self.time_layers or [*_TIME, *(["time_embedding"] if self.time_embedding else ())]
         found = [[name for name in names if select.first_match(name, patterns)]
                  for patterns in (time, self.critical_layers or _CRITICAL[kind])]  # fmt: skip
         for field, chosen in zip(("time_layers", "critical_layers"), found, strict=True):
@@ -155,15 +152,12 @@ def quantize(model: Any, data: Any, config: QuESTConfig, report: Report) -> None
     student = Substitutes(model, weights.made(), inputs=inputs.simulated)
     _tune(student, weights, inputs, (time, critical), data, config, report)  # 4 to 7
     weights.store_biases()
-    told = {name: {key: value for key, value in one.told.items() if key != "error"} for name, one in rounded.items()}
     level_pack.pack(model, sites, {name: weights.codes(name) for name in rounded}, inputs.learned(), levels, report,
-                    cuts=cuts, told=told)  # 8
+                    cuts=cuts, told={name: one.told for name, one in rounded.items()})  # 8
 
 
-def _round(
-    model: Any, plan: Any, data: Any, levels: Any, how: Any, config: QuESTConfig, report: Report
-) -> tuple[Any, Any, Any]:
-    """Learned codes of all weights, and the grids of activations behind them; the model has its float weights again."""
+def _round(model: Any, plan: Any, data: Any, levels: Any, how: Any, config: QuESTConfig, report: Report) -> Any:
+    """Codes of all weights, cuts of shortcuts, grids of activations behind these codes; the model is float again."""
     from hfq.calibration import level_grids
     from hfq.calibration.reference import copy_of
     from hfq.graph import joins, trace
@@ -171,9 +165,9 @@ def _round(
 
     cuts = joins.find(plan, trace.record(plan, config.one_call(model, data))) if config.split_shortcut else {}
     ranges = phases.Ranges(config.spec_for, config.inputs_for, config.weight_range, cuts=cuts, seed=config.seed)
+    sharp = (config.penalty_start, config.penalty_end)
     course = phases.Course(config.rounding_steps, config.rounding_lr, batch_size=config.rounding_batch_size,
-                           penalty=config.penalty, sharp=(config.penalty_start, config.penalty_end),
-                           warmup=config.warmup)  # fmt: skip
+                           penalty=config.penalty, sharp=sharp, warmup=config.warmup)
     full = copy_of(model)
     rounded = learned_units.learn(plan, config.traced_plan(full, data, units=True), data, ranges, course, report,
                                   seed=config.seed, **config.walk_options("rounding"))
@@ -184,9 +178,7 @@ def _round(
     return rounded, cuts, grids
 
 
-def _tune(
-    student: Any, weights: Any, inputs: Any, layers: Any, data: Any, config: QuESTConfig, report: Report
-) -> None:
+def _tune(student: Any, weights: Any, inputs: Any, layers: Any, data: Any, config: QuESTConfig, report: Report) -> None:
     from hfq.calibration import trajectories
     from hfq.calibration.progress import state_digest
     from hfq.training.progress import Saved

@@ -29,7 +29,7 @@ __all__ = ["pack"]
 
 def pack(
     model: nn.Module, sites: Sequence[Any], codes: Mapping[str, Sequence[Codes]], grids: Grids, levels: NoiseLevels,
-    report: Report, *, cuts: Mapping[str, int] | None = None, told: Mapping[str, Mapping[str, Any]] | None = None,
+    report: Report, *, cuts: Mapping[str, int], told: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Replace ``sites`` by packed layers, and let attentions compute on their grids.
 
@@ -37,16 +37,17 @@ def pack(
         codes: by site; two sets where the input channels are in halves.
         levels: of the grids; one alone serves every call.
         cuts: input channels of the first halves.
-        told: what report rows say besides, by site.
+        told: what report rows say besides, by site; their error is that of the codes as they are now.
     """
-    whole, cuts = WholeModel(model, report), cuts or {}
+    whole = WholeModel(model, report)
     for site in sites:
         if site.name not in codes:
             continue
         own, grid = codes[site.name], grids.inputs.get(site.name)
         plain = grid is not None and grid.labels is None
+        extra = {key: value for key, value in told[site.name].items() if key != "error"}
         first = None if not plain else (grid.scale[:1], grid.zero[:1])  # type: ignore[union-attr]
-        options = input_options(grid.spec if plain else None, first, extra=dict((told or {}).get(site.name, {})),
+        options = input_options(grid.spec if plain else None, first, extra=extra,
                                 tokens=None if grid is None else grid.rows)  # type: ignore[union-attr]
         if len(own) > 1:
             options["second"] = SecondHalf(cuts[site.name], own[1], first)

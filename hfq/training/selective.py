@@ -90,6 +90,7 @@ def tune(
             )  # fmt: skip
             for p in trained:
                 p.requires_grad_(False)
+                p.grad = None
             report.curves[stage.name] = [float(f"{value:.6g}") for value in curve]
             look()
     if error:

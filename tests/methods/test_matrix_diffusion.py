@@ -39,6 +39,8 @@ ROWS = {
         Row("gptq"),
         Row("q_diffusion", {"steps": 2, "activation_steps": 2, "batch_size": 4}, head=True),
         Row("dgq", {"steps": 0, "groups": 4}, first=False),
+        Row("quest", {"rounding_steps": 1, "time_steps": 1, "critical_steps": 1, "batch_size": 2, "timewise": True},
+            head=True),
     )
 }
 COMMON = {"bits": 4, "activation_bits": 8, "progress": False}
