@@ -17,7 +17,7 @@ from hfq.calibration import capture, ranks
 from hfq.calibration.static import RowSample
 from hfq.errors import DataError, QuantizationError
 
-__all__ = ["Rows", "collect", "divergence", "logits_of", "predictions"]
+__all__ = ["Rows", "collect", "divergence", "first", "logits_of", "predictions"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,19 @@ def predictions(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[
     """Log-probabilities float32 ``[rows, classes]`` of each batch, on the CPU."""
     with capture.quiet(model):
         return [logits_of(model, batch).float().log_softmax(-1).cpu() for batch in batches]
+
+
+def first(model: nn.Module, batches: Sequence[Mapping[str, Any]], most: int = 1 << 25) -> list[torch.Tensor]:
+    """:func:`predictions` of the first batches, until they hold ``most`` numbers; none for a model without logits."""
+    found: list[torch.Tensor] = []
+    for batch in batches:
+        try:
+            found += predictions(model, [batch])
+        except DataError:  # a model without a head
+            return []
+        if sum(one.numel() for one in found) >= most:
+            break
+    return found
 
 
 @torch.no_grad()

@@ -119,7 +119,9 @@ def quantize(model: Any, data: Any, config: AdaQuantConfig, report: Report) -> N
         return
     before = renormalise.of_norms(model)
     folded = fold_batch_norms(plan, config.one_call(model, data))  # B
-    wanted = gradients.predictions(model, data) if _asks_program(config) or config.bias_steps else []
+    whole = _asks_program(config) or config.bias_steps  # statistics are compared by a share of the predictions
+    compared = config.statistics == "all" or (config.statistics == "norms" and bool(before))
+    wanted = gradients.predictions(model, data) if whole else gradients.first(model, data) if compared else []
     course = layerwise.Course(config.steps, config.batch_size, relative=config.lr_mode == "relative",
                               holdout=config.holdout, **config.rates)
     with closing(Tuner(plan, data, config, course, report, relu=config.relu_aware,
@@ -139,9 +141,11 @@ def quantize(model: Any, data: Any, config: AdaQuantConfig, report: Report) -> N
         targets |= {name: renormalise.Statistics(layer.mean, layer.variance) for name, layer in found.items()
                     if name not in targets and layer.bias is not None}
     if targets and config.statistics != "off":  # F
-        inserted = renormalise.insert(model, targets, momentum=config.statistics_momentum)
-        renormalise.tune(model, inserted, data, config.statistics_passes)
-        renormalise.absorb(model, inserted)
+        told = renormalise.renormalise(
+            model, targets, data, passes=config.statistics_passes, momentum=config.statistics_momentum,
+            loss=(lambda: gradients.divergence(model, data[: len(wanted)], wanted)) if wanted else None)
+        if told is not None:
+            report.totals["statistics"] = {"before": told[0], "after": told[1], "kept": told[1] <= told[0]}
     if config.bias_steps:  # G
         curve = biases.tune(model, data, wanted, steps=config.bias_steps, lr=config.bias_lr,
                             batch_size=config.batch_size, seed=config.seed)

@@ -7,7 +7,7 @@ zero points stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from hfq.formats import PER_TENSOR
 from hfq.layers.conv import QConv2d
 from hfq.layers.packed import PackedModule
 
-__all__ = ["Statistics", "absorb", "insert", "of_norms", "remove", "tune"]
+__all__ = ["Statistics", "absorb", "insert", "of_norms", "remove", "renormalise", "tune"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,32 @@ class Inserted:
 
     def __init__(self, norms: Mapping[str, _Norm], handles: Sequence[Any]) -> None:
         self.norms, self.handles = dict(norms), list(handles)
+
+
+def renormalise(
+    model: nn.Module, targets: Mapping[str, Statistics], batches: Sequence[Mapping[str, Any]], *, passes: int = 1,
+    momentum: float | None = 0.1, loss: Callable[[], float] | None = None,
+) -> tuple[float, float] | None:
+    """Insert, tune and absorb; if ``loss`` of the model rises by that, its layers stay as they were.
+
+    Args:
+        targets: statistics of the outputs of packed layers, in the float model.
+
+    Returns:
+        ``loss`` before and after tuning; ``None`` without it.
+    """
+    inserted = insert(model, targets, momentum=momentum)
+    before = None if loss is None else loss()
+    tune(model, inserted, batches, passes)
+    if loss is None or before is None:
+        absorb(model, inserted)
+        return None
+    after = loss()
+    if after <= before:
+        absorb(model, inserted)
+    else:
+        remove(inserted)
+    return before, after
 
 
 def insert(model: nn.Module, targets: Mapping[str, Statistics], *, momentum: float | None = 0.1) -> Inserted:

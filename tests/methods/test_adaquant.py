@@ -197,6 +197,32 @@ def test_statistics_change_scales_and_biases_alone(monkeypatch: pytest.MonkeyPat
     assert (logits(model, IMAGES) - wanted).norm() < (logits(plain, IMAGES) - wanted).norm()
 
 
+def test_statistics_that_make_predictions_worse_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain, tune = resnet(), resnet(), renormalise.tune
+
+    def shifted(given: Any, inserted: Any, batches: Any, passes: int) -> None:
+        tune(given, inserted, batches, passes)
+        for norm in inserted.norms.values():
+            norm.norm.running_mean += 3
+
+    helped = quantized(resnet(), 3, steps=0).totals["statistics"]
+    assert helped["kept"] and helped["after"] < helped["before"]
+    monkeypatch.setattr(renormalise, "tune", shifted)
+    told = quantized(model, 3, steps=0).totals["statistics"]
+    quantized(plain, 3, steps=0, statistics="off")
+    assert not told["kept"] and told["after"] > told["before"] == helped["before"]
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_statistics_of_a_model_without_a_head() -> None:
+    model, plain = resnet().resnet, resnet().resnet
+    assert "statistics" not in quantized(model, 3, steps=0).totals
+    quantized(plain, 3, steps=0, statistics="off")
+    codes, before = codes_of(model), codes_of(plain)
+    assert same(codes, before) and len(codes) == 8
+    assert not torch.equal(model(IMAGES).pooler_output, plain(IMAGES).pooler_output)
+
+
 def test_statistics_of_layers_without_a_norm() -> None:
     model = vit()
     quantized(model, 3, statistics="all", steps=0, statistics_momentum=None)
