@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import killed
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +23,6 @@ from transformers import (
 
 import hfq
 from hfq import graph
-from hfq.calibration.step import Step
 from hfq.calibration.walk import walk
 from hfq.errors import ConfigError, QuantizationError
 from hfq.formats import QuantSpec, affine
@@ -293,22 +293,12 @@ def test_quantized_activations_and_attention_are_saved(tmp_path: Any) -> None:
                                                 for row in report.attached)
 
 
-def test_a_stopped_run_continues_to_the_same_bytes(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_continues_to_the_same_bytes(tmp_path: Any) -> None:
     options = {"activation_bits": 4, "ln_matrix": True, "epochs": 2}
     whole = tiny()
     quantized(whole, **options)
-    swap, seen = Step.swap, []
-
-    def stop(self: Step, site: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(seen) == 9:  # in the second block
-            raise KeyboardInterrupt
-        seen.append(site)
-        return swap(self, site, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "swap", stop)
-        with pytest.raises(KeyboardInterrupt):
-            quantized(tiny(), work_dir=tmp_path, **options)
+    with killed(after=9):  # in the second block
+        quantized(tiny(), work_dir=tmp_path, **options)
     model = tiny()
     report = quantized(model, work_dir=tmp_path, **options)
     ours, wanted = model.state_dict(), whole.state_dict()

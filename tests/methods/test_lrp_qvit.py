@@ -7,41 +7,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from killing import killed
 from torch import nn
+from vision_toys import toy, uneven
 
 import hfq
 from hfq import graph
 from hfq.allocation import cost, program, relevance, rules
-from hfq.calibration.step import Step
 from hfq.errors import ConfigError
 from hfq.graph import pairs
-from hfq.graph.absorb import Matrix, Norm
-from hfq.graph.links import Link, Pair
 from hfq.layers import attention, swap
 from hfq.reconstruction.channels import clip_channels
 from hfq.transforms import reparameterize
 
 OPTIONS: dict[str, Any] = {"progress": False, "calibration_batch_size": 8}
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5))
-
-
-def make(kind: str = "vit", seed: int = 0, **more: Any) -> Any:
-    torch.manual_seed(seed)
-    if kind == "vit":
-        model = transformers.ViTForImageClassification(transformers.ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32,
-            patch_size=8, num_labels=5, **more))  # fmt: skip
-    else:
-        model = transformers.SwinForImageClassification(transformers.SwinConfig(
-            embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=2, image_size=32, patch_size=4, mlp_ratio=2.0,
-            num_labels=5, **more))  # fmt: skip
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.LayerNorm) and not name.endswith("layernorm"):
-                gain = torch.exp(1.2 * torch.randn(module.weight.shape))
-                module.weight.mul_(gain)
-                module.bias.add_(gain * torch.randn(gain.shape))
-    return model.eval()
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -52,7 +32,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.must_hold("lrp_qvit", 1)
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_relevance_is_conserved(kind: str) -> None:
-    model = make(kind)
+    model = uneven(kind)
     blocks = [n for n, _ in model.named_modules() if n.endswith(("vit.layers.0", "vit.layers.1", "blocks.0"))]
     for dtype, at_end, inside in ((torch.float32, 1e-3, 0.05), (torch.float64, 1e-9, 1e-9)):
         found = relevance.propagate(model, {"pixel_values": IMAGES[:2]}, dtype=dtype, watch=blocks)
@@ -73,7 +53,7 @@ def test_the_linear_rule_of_positive_numbers() -> None:
 @pytest.mark.must_hold("lrp_qvit", 3)
 @pytest.mark.parametrize("score", relevance.SCORES)
 def test_shares(score: str) -> None:
-    model = make()
+    model = uneven()
     whole = relevance.shares(model, [{"pixel_values": IMAGES[:4]}], score=score, dtype=torch.float64)
     parts = [{"pixel_values": IMAGES[i : i + 1]} for i in (3, 1, 0, 2)]
     apart = relevance.shares(model, parts, score=score, dtype=torch.float64)
@@ -85,7 +65,7 @@ def test_shares(score: str) -> None:
 
 @pytest.mark.must_hold("lrp_qvit", 4)
 def test_a_branch_that_is_switched_off_has_no_share() -> None:
-    model = make()
+    model = uneven()
     projection = model.vit.layers[0].attention.o_proj
     with torch.no_grad():
         projection.weight.zero_()
@@ -125,23 +105,11 @@ def test_without_clipping_it_is_the_plain_reparameterization() -> None:
         hfq.LRPQViTConfig(mixed=False, clip_shares=[1.0], **OPTIONS),
         hfq.RepQuantConfig(clip=False, reconstruction="nearest", weight_clip="percentiles", **OPTIONS),
     ):
-        model = make()
+        model = uneven()
         hfq.quantize(model, config, IMAGES)
         states.append(model.state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-
-
-def toy(width: int = 24) -> tuple[nn.LayerNorm, nn.Linear, Pair, torch.Tensor]:
-    torch.manual_seed(0)
-    norm, linear = nn.LayerNorm(width).double(), nn.Linear(width, 7).double()
-    with torch.no_grad():
-        norm.weight.copy_(torch.exp(1.5 * torch.randn(width)))
-        norm.bias.copy_(3 * torch.randn(width))
-    whole = torch.arange(width)
-    pair = Pair("norm", "toy", [Link(Norm("norm", norm, bias="bias", centred=True), whole)],
-                [Link(Matrix("linear", linear), whole)], classes=width, proven=True)  # fmt: skip
-    return norm, linear, pair, 2 * torch.randn(400, width, dtype=torch.float64)
 
 
 @pytest.mark.must_hold("lrp_qvit", 7)
@@ -161,7 +129,7 @@ def test_the_fold_of_clipped_grids_changes_nothing_and_keeps_the_codes() -> None
 @pytest.mark.must_hold("lrp_qvit", 7)
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_the_fold_changes_no_logits(kind: str) -> None:
-    model = make(kind)
+    model = uneven(kind)
     wanted = logits(model)
     found = pairs.discover(graph.read(model), lambda: model(IMAGES[:2])).proven("norm")
     for pair in found:
@@ -231,14 +199,14 @@ def test_bits_alone_are_spent_at_the_ends(small_vision: Any) -> None:
 
 @pytest.mark.must_hold("lrp_qvit", 10)
 def test_sixteen_bits() -> None:
-    model = make()
+    model = uneven()
     wanted = logits(model)
     report = hfq.quantize(model, hfq.LRPQViTConfig(bits=16, activation_bits=16, **OPTIONS), IMAGES)
     assert (logits(model) - wanted).abs().max() < 1e-3 and not report.packed and not attention.parts(model)
 
 
 def test_products_share_the_budget_and_maps_can_be_given(tmp_path: Any) -> None:
-    model = make("swin")
+    model = uneven("swin")
     config = hfq.LRPQViTConfig(overrides={"re:.*reduction": {"bits": 8, "activation_bits": 8}}, **OPTIONS)
     hfq.quantize(model, config, IMAGES)
     assert model.swin.encoder.layers[0].downsample.reduction.spec.bits == 8
@@ -250,28 +218,19 @@ def test_products_share_the_budget_and_maps_can_be_given(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
-    again = make("swin")
+    again = uneven("swin")
     hfq.quantize(again, hfq.LRPQViTConfig(bit_map=config.bit_map, overrides=config.overrides, **OPTIONS), IMAGES)
     assert torch.equal(logits(again), logits(model))
 
 
-def test_a_killed_run_chooses_the_same_widths_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_chooses_the_same_widths_again(tmp_path: Any) -> None:
     options = {**OPTIONS, "objective": "bits"}
-    whole = make()
+    whole = uneven()
     config = hfq.LRPQViTConfig(**options)
     hfq.quantize(whole, config, IMAGES)
-    own, seen = Step.swap, []
-
-    def stop(self: Step, site: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(seen) == 8:  # in the second block
-            raise KeyboardInterrupt
-        seen.append(site)
-        return own(self, site, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Step, "swap", stop)
-        hfq.quantize(make(), hfq.LRPQViTConfig(work_dir=tmp_path, **options), IMAGES)
-    model, again = make(), hfq.LRPQViTConfig(work_dir=tmp_path, **options)
+    with killed(after=8):  # in the second block
+        hfq.quantize(uneven(), hfq.LRPQViTConfig(work_dir=tmp_path, **options), IMAGES)
+    model, again = uneven(), hfq.LRPQViTConfig(work_dir=tmp_path, **options)
     hfq.quantize(model, again, IMAGES)
     assert again.bit_map == config.bit_map and torch.equal(logits(model), logits(whole))
 
@@ -287,7 +246,7 @@ def test_budgets_and_maps_that_cannot_be_met() -> None:
             hfq.LRPQViTConfig(bit_map={name: entry})
     for unknown in ("vit.layers.7.mlp.fc1", "vit.layers.0.mlp.scores"):
         with pytest.raises(ConfigError, match=f"{unknown}.*nothing of that name"):
-            hfq.quantize(make(), hfq.LRPQViTConfig(bit_map={unknown: {"bits": 4}}, **OPTIONS), IMAGES)
+            hfq.quantize(uneven(), hfq.LRPQViTConfig(bit_map={unknown: {"bits": 4}}, **OPTIONS), IMAGES)
     with pytest.raises(ConfigError, match="smallest feasible ones in this proportion"):
         scores, costs, budgets = tables([0.5, 0.5])
         costs["macs"]["l0"][3] = costs["macs"]["l1"][3] = 100.0  # the fewest bits are slow

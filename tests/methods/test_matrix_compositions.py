@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from killing import killed
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hfq
-from hfq.calibration.step import Step
 from hfq.errors import ConfigError
 from hfq.evaluation.rescale import widen_channels
 from hfq.layers import ChannelScale, attention
@@ -123,22 +123,12 @@ def test_each_part_of_a_composition_does_its_share(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_a_stopped_backend_goes_on_to_the_same_bytes(
-    fold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fold: bool, tmp_path: Path
 ) -> None:
     whole = tiny()
     hfq.quantize(whole, cbq_on_crossquant(fold=fold), ids())
-    swap, seen = Step.swap, list[str]()
-
-    def stop(self: Step, site: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(seen) == 9:  # in the second block
-            raise KeyboardInterrupt
-        seen.append(site.name)
-        return swap(self, site, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "swap", stop)
-        with pytest.raises(KeyboardInterrupt):
-            hfq.quantize(tiny(), cbq_on_crossquant(fold=fold, work_dir=tmp_path), ids())
+    with killed(after=9):  # in the second block
+        hfq.quantize(tiny(), cbq_on_crossquant(fold=fold, work_dir=tmp_path), ids())
     model = tiny()
     report = hfq.quantize(model, cbq_on_crossquant(fold=fold, work_dir=tmp_path), ids())
     ours, theirs = model.state_dict(), whole.state_dict()

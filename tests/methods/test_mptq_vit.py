@@ -7,18 +7,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from killing import killed
 from torch import nn
+from vision_toys import toy, uneven
 
 import hfq
 from hfq import graph
 from hfq.allocation import lowering
-from hfq.calibration.step import Step
 from hfq.errors import ConfigError
 from hfq.formats import ActivationSpec, QuantSpec, activation, twin
 from hfq.formats.twin import TwinSpec
 from hfq.graph import pairs
-from hfq.graph.absorb import Matrix, Norm
-from hfq.graph.links import Link, Pair
 from hfq.layers import attention, swap
 from hfq.layers.packed import PackedModule
 from hfq.layers.rounded import RoundedInput
@@ -31,47 +30,16 @@ OPTIONS: dict[str, Any] = {"progress": False, "calibration_batch_size": 8, "cand
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 
-def make(kind: str = "vit", seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    if kind == "vit":
-        model = transformers.ViTForImageClassification(transformers.ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32,
-            patch_size=8, num_labels=5))  # fmt: skip
-    else:
-        model = transformers.SwinForImageClassification(transformers.SwinConfig(
-            embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=2, image_size=32, patch_size=4, mlp_ratio=2.0,
-            num_labels=5))  # fmt: skip
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.LayerNorm) and not name.endswith("layernorm"):
-                gain = torch.exp(1.2 * torch.randn(module.weight.shape))
-                module.weight.mul_(gain)
-                module.bias.add_(gain * torch.randn(gain.shape))
-    return model.eval()
-
-
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(IMAGES[:4]).logits
-
-
-def toy(width: int = 24) -> tuple[nn.LayerNorm, nn.Linear, Pair, torch.Tensor]:
-    torch.manual_seed(0)
-    norm, linear = nn.LayerNorm(width).double(), nn.Linear(width, 7).double()
-    with torch.no_grad():
-        norm.weight.copy_(torch.exp(torch.randn(width)))
-        norm.bias.copy_(3 * torch.randn(width))
-    whole = torch.arange(width)
-    pair = Pair("norm", "toy", [Link(Norm("norm", norm, bias="bias", centred=True), whole)],
-                [Link(Matrix("linear", linear), whole)], classes=width, proven=True)  # fmt: skip
-    return norm, linear, pair, 2 * torch.randn(400, width, dtype=torch.float64)
 
 
 @pytest.mark.must_hold("mptq_vit", 1)
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_the_rewrite_changes_nothing(kind: str) -> None:
     for alpha in (0.0, 0.5, 1.0):
-        model = make(kind)
+        model = uneven(kind)
         wanted = logits(model)
         found = pairs.discover(graph.read(model), lambda model=model: model(IMAGES[:2])).proven("norm")
         for pair in found:
@@ -85,7 +53,7 @@ def test_the_rewrite_changes_nothing(kind: str) -> None:
 
 @pytest.mark.must_hold("mptq_vit", 2)
 def test_channels_are_symmetric_afterwards() -> None:
-    norm, linear, pair, x = toy()
+    norm, linear, pair, x = toy(spread=1.0)
     with torch.no_grad():
         y, before = norm(x), linear(norm(x))
         middle = centre.centre(y)
@@ -161,7 +129,7 @@ def test_the_kernel_is_exact_in_integers() -> None:
 
 @pytest.mark.must_hold("mptq_vit", 7)
 def test_widths_fall_one_by_one_to_the_target() -> None:
-    model = make()
+    model = uneven()
     config = hfq.MPTQViTConfig(target_bits=7.0, min_bits=6, greedy_images=2, **OPTIONS)
     hfq.quantize(model, config, IMAGES)
     bits: dict[str, int] = {}
@@ -179,11 +147,11 @@ def test_widths_fall_one_by_one_to_the_target() -> None:
 
 @pytest.mark.must_hold("mptq_vit", 8)
 def test_nothing_to_lower_and_sixteen_bits() -> None:
-    model = make()
+    model = uneven()
     config = hfq.MPTQViTConfig(target_bits=8.0, greedy_images=2, **OPTIONS)
     hfq.quantize(model, config, IMAGES)
     assert config.moves == [] and {layer.spec.bits for layer in swap.packed_modules(model).values()} == {8}
-    model = make()
+    model = uneven()
     wanted = logits(model)
     report = hfq.quantize(model, hfq.MPTQViTConfig(bits=16, activation_bits=16, **OPTIONS), IMAGES)
     assert (logits(model) - wanted).abs().max() < 1e-3 and not report.packed and not attention.parts(model)
@@ -191,7 +159,7 @@ def test_nothing_to_lower_and_sixteen_bits() -> None:
 
 @pytest.mark.must_hold("mptq_vit", 9)
 def test_a_constant_channel() -> None:
-    norm, linear, pair, x = toy()
+    norm, linear, pair, x = toy(spread=1.0)
     with torch.no_grad():
         norm.weight[3], norm.bias[3] = 0.0, 7.5
         before, y = linear(norm(x)), norm(x)
@@ -217,7 +185,7 @@ def test_regions_without_numbers() -> None:
 def test_the_parts_of_the_paper_help() -> None:
     errors = []
     for options in ({"smooth": False, "twin": False}, {}):
-        model = make("swin")
+        model = uneven("swin")
         wanted = logits(model)
         hfq.quantize(model, hfq.MPTQViTConfig(**{**OPTIONS, **options}), IMAGES)
         errors.append(float((logits(model) - wanted).norm() / wanted.norm()))
@@ -242,10 +210,10 @@ def test_mixed_widths_beat_one_width_of_the_same_mean(kind: str, small_vision: A
 
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_fully_quantized(kind: str, tmp_path: Any) -> None:
-    model, errors = make(kind), []
+    model, errors = uneven(kind), []
     wanted = logits(model)
     for stream in (8, 3):
-        model = make(kind)
+        model = uneven(kind)
         config = hfq.MPTQViTConfig(bits=8, activation_bits=8, fully_quantized=True, stream_bits=stream, **OPTIONS)
         report = hfq.quantize(model, config, IMAGES)
         errors.append(float((logits(model) - wanted).norm() / wanted.norm()))
@@ -253,8 +221,8 @@ def test_fully_quantized(kind: str, tmp_path: Any) -> None:
         assert all(part.spec.bits == stream for part in parts.values())
         assert all(part.formats["scores"].bits == stream for part in attention.parts(model).values())
     assert errors[0] < 0.1 and errors[1] > 3 * errors[0], errors
-    blocks = [block.name for block in graph.read(make(kind)).blocks if block.sites]
-    norms = [n for n, m in make(kind).named_modules() if isinstance(m, nn.LayerNorm) and not n.endswith("_before")]
+    blocks = [block.name for block in graph.read(uneven(kind)).blocks if block.sites]
+    norms = [n for n, m in uneven(kind).named_modules() if isinstance(m, nn.LayerNorm) and not n.endswith("_before")]
     assert set(parts) == {*blocks, *norms} and {row.module for row in report.attached} >= {
         f"{name}.hfq_rounded" for name in parts}
     seen: dict[str, torch.Tensor] = {}
@@ -273,7 +241,7 @@ def test_fully_quantized(kind: str, tmp_path: Any) -> None:
 
 
 def test_a_map_is_saved_and_can_be_given(tmp_path: Any) -> None:
-    model = make("swin")
+    model = uneven("swin")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "block" in name]
     given = {name: {"bits": 3 + i % 4, "activation_bits": 5} for i, name in enumerate(names)}
     hfq.quantize(model, hfq.MPTQViTConfig(bit_map=given, alphas=[0.3, 0.5], **OPTIONS), IMAGES)
@@ -290,25 +258,16 @@ def test_a_map_is_saved_and_can_be_given(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match="above max_bits"):
         hfq.MPTQViTConfig(min_bits=6, max_bits=5)
     with pytest.raises(ConfigError, match="nothing of that name.*did you mean"):
-        hfq.quantize(make(), hfq.MPTQViTConfig(bit_map={"vit.layers.0.mlp.fc3": {"bits": 4}}, **OPTIONS), IMAGES)
+        hfq.quantize(uneven(), hfq.MPTQViTConfig(bit_map={"vit.layers.0.mlp.fc3": {"bits": 4}}, **OPTIONS), IMAGES)
 
 
-def test_a_killed_run_goes_on_with_the_same_widths(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_with_the_same_widths(tmp_path: Any) -> None:
     options = {**OPTIONS, "target_bits": 7.5, "activation_bits": 8, "greedy_images": 2, "fully_quantized": True}
-    whole = make()
+    whole = uneven()
     config = hfq.MPTQViTConfig(**options)
     hfq.quantize(whole, config, IMAGES)
-    own, seen = Step.swap, []
-
-    def stop(self: Step, site: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(seen) == 8:  # in the second block
-            raise KeyboardInterrupt
-        seen.append(site)
-        return own(self, site, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Step, "swap", stop)
-        hfq.quantize(make(), hfq.MPTQViTConfig(work_dir=tmp_path, **options), IMAGES)
-    model, again = make(), hfq.MPTQViTConfig(work_dir=tmp_path, **options)
+    with killed(after=8):  # in the second block
+        hfq.quantize(uneven(), hfq.MPTQViTConfig(work_dir=tmp_path, **options), IMAGES)
+    model, again = uneven(), hfq.MPTQViTConfig(work_dir=tmp_path, **options)
     hfq.quantize(model, again, IMAGES)
     assert again.bit_map == config.bit_map and torch.equal(logits(model), logits(whole))

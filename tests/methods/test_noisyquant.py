@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from vision_toys import untrained
 
 import hfq
 from hfq.calibration import dither
@@ -25,15 +26,8 @@ IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 GRID = ActivationSpec(6, True, "tensor", dynamic=False)
 
 
-def make(kind: str = "vit", seed: int = 0, **more: Any) -> Any:
-    torch.manual_seed(seed)
-    if kind == "vit":
-        return transformers.ViTForImageClassification(transformers.ViTConfig(
-            hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32,
-            patch_size=8, num_labels=5, initializer_range=0.2, **more)).eval()  # fmt: skip
-    return transformers.SwinForImageClassification(transformers.SwinConfig(
-        embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=2, image_size=32, patch_size=4, mlp_ratio=2.0,
-        num_labels=5, initializer_range=0.2, **more)).eval()  # fmt: skip
+def make(kind: str = "vit", **more: Any) -> Any:
+    return untrained(kind, blocks=1, initializer_range=0.2, **more)
 
 
 def logits(model: Any, images: torch.Tensor = IMAGES[:4]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
+from vision_toys import toy, uneven
 
 import hfq
 from hfq import graph
@@ -18,8 +18,7 @@ from hfq.errors import ConfigError, QuantizationError
 from hfq.formats import bitpack, log
 from hfq.formats.log import LogSpec
 from hfq.graph import pairs
-from hfq.graph.absorb import Matrix, Norm
-from hfq.graph.links import Link, Pair
+from hfq.graph.links import Pair
 from hfq.layers import attention
 from hfq.layers.packed import PackedModule
 from hfq.reconstruction.channels import channel_error, learn_bounds, refit
@@ -27,26 +26,6 @@ from hfq.transforms import reparameterize
 
 OPTIONS: dict[str, Any] = {"progress": False, "calibration_batch_size": 8, "clip_steps": 20}
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(5))
-
-
-def make(kind: str = "vit", window: int = 2, seed: int = 0, **more: Any) -> Any:
-    """A tiny model whose norms have gains and biases that differ by orders of magnitude between channels."""
-    torch.manual_seed(seed)
-    if kind == "vit":
-        model = transformers.ViTForImageClassification(transformers.ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32,
-            patch_size=8, num_labels=5, **more))  # fmt: skip
-    else:
-        model = transformers.SwinForImageClassification(transformers.SwinConfig(
-            embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=window, image_size=32, patch_size=4,
-            mlp_ratio=2.0, num_labels=5, **more))  # fmt: skip
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.LayerNorm) and not name.endswith("layernorm"):
-                gain = torch.exp(1.2 * torch.randn(module.weight.shape))
-                module.weight.mul_(gain)
-                module.bias.add_(gain * torch.randn(gain.shape))
-    return model.eval()
 
 
 def logits(model: Any, images: torch.Tensor = IMAGES[:4]) -> torch.Tensor:
@@ -58,18 +37,6 @@ def proven(model: Any) -> list[Pair]:
     return list(pairs.discover(graph.read(model), lambda: model(IMAGES[:2])).proven("norm"))
 
 
-def toy(width: int = 24, out: int = 7) -> tuple[nn.LayerNorm, nn.Linear, Pair, torch.Tensor]:
-    """A norm and its reader in float64, with very different channels, and rows of the norm's output."""
-    norm, linear = nn.LayerNorm(width).double(), nn.Linear(width, out).double()
-    with torch.no_grad():
-        norm.weight.copy_(torch.exp(1.5 * torch.randn(width)))
-        norm.bias.copy_(3 * torch.randn(width))
-    whole = torch.arange(width)
-    pair = Pair("norm", "toy", [Link(Norm("norm", norm, bias="bias", centred=True), whole)],
-                [Link(Matrix("linear", linear), whole)], classes=width, proven=True)  # fmt: skip
-    return norm, linear, pair, 2 * torch.randn(400, width, dtype=torch.float64)
-
-
 @pytest.mark.must_hold("repquant", 1)
 def test_the_fold_changes_nothing_without_rounding() -> None:
     norm, linear, pair, x = toy()
@@ -79,7 +46,7 @@ def test_the_fold_changes_nothing_without_rounding() -> None:
         reparameterize.fold(pair, grid.ratio, grid.shift)
         assert (linear(norm(x)) - before).abs().max() < 1e-10 and not torch.equal(norm(x), x)
     for kind in ("vit", "swin"):
-        model = make(kind)
+        model = uneven(kind)
         wanted, found = logits(model), proven(model)
         assert len(found) == 4
         for pair in found:
@@ -195,7 +162,7 @@ def test_reconstruction_lowers_the_error_of_outputs() -> None:
     from hfq.formats import QuantSpec, activation, affine
     from hfq.rounding import gptq, nearest
 
-    plan = graph.read(make())
+    plan = graph.read(uneven())
     step = next(walk(plan, [{"pixel_values": IMAGES}]))
     rows = torch.cat([step.hidden(i).reshape(-1, 32) for i in range(len(step))])
     spec = activation.ActivationSpec(4, granularity="tensor", dynamic=False)
@@ -216,7 +183,7 @@ def test_reconstruction_lowers_the_error_of_outputs() -> None:
 def test_in_the_model_too() -> None:
     errors = {}
     for how in ("nearest", "gptq"):
-        model = make(seed=1)
+        model = uneven(seed=1)
         wanted = logits(model)
         hfq.quantize(model, hfq.RepQuantConfig(bits=3, activation_bits=8, reconstruction=how, **OPTIONS), IMAGES)
         errors[how] = float((logits(model) - wanted).norm())
@@ -225,7 +192,7 @@ def test_in_the_model_too() -> None:
 
 @pytest.mark.must_hold("repquant", 9)
 def test_sixteen_bits() -> None:
-    model = make()
+    model = uneven()
     wanted = logits(model)
     report = hfq.quantize(model, hfq.RepQuantConfig(bits=16, activation_bits=16, **OPTIONS), IMAGES)
     assert (logits(model) - wanted).abs().max() < 1e-3 and not report.packed and not attention.parts(model)
@@ -251,7 +218,7 @@ def test_a_constant_channel() -> None:
 @pytest.mark.must_hold("repquant", 11)
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_saved_folded_and_not_folded_twice(kind: str, tmp_path: Path) -> None:
-    start, model = make(kind, qkv_bias=False), make(kind, qkv_bias=False)
+    start, model = uneven(kind, qkv_bias=False), uneven(kind, qkv_bias=False)
     report = hfq.quantize(model, hfq.RepQuantConfig(**OPTIONS), IMAGES)
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
@@ -263,7 +230,7 @@ def test_saved_folded_and_not_folded_twice(kind: str, tmp_path: Path) -> None:
         assert reparameterize.is_folded(model.get_submodule(name))
     queries = [m for n, m in loaded.named_modules() if n.endswith("q_proj")]
     assert all(isinstance(m, PackedModule) and m.bias is not None for m in queries)  # biases that took the shift
-    twice = make(kind)
+    twice = uneven(kind)
     for pair in proven(twice)[:1]:
         reparameterize.fold(pair, torch.ones(pair.classes))
         with pytest.raises(QuantizationError, match="folded before"):
@@ -273,7 +240,7 @@ def test_saved_folded_and_not_folded_twice(kind: str, tmp_path: Path) -> None:
 
 
 def test_windows_that_need_padding_are_not_shifted() -> None:
-    model = make("swin", window=3)
+    model = uneven("swin", window=3)
     wanted = logits(model)
     report = hfq.quantize(model, hfq.RepQuantConfig(bits=8, activation_bits=8, **OPTIONS), IMAGES)
     rows = {row.module: row.extra for row in report.packed}
@@ -288,7 +255,7 @@ def test_the_order_of_the_paper() -> None:
     for options in ({"reparameterize": False, "reconstruction": "nearest"}, {"reconstruction": "nearest"}, {}):
         total = 0.0
         for seed in (0, 1):
-            model = make(seed=seed)
+            model = uneven(seed=seed)
             wanted = logits(model)
             hfq.quantize(model, hfq.RepQuantConfig(**{**OPTIONS, **options}), IMAGES)
             total += float((logits(model) - wanted).norm() / wanted.norm())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from vision_toys import untrained
 
 from hfq import graph
 from hfq.calibration.walk import walk
@@ -18,10 +18,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 
 def swin(window: int) -> Any:
-    torch.manual_seed(0)
-    return transformers.SwinForImageClassification(transformers.SwinConfig(
-        embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=window, image_size=32, patch_size=4, mlp_ratio=2.0,
-        num_labels=5, initializer_range=0.2, qkv_bias=False)).eval()  # fmt: skip
+    return untrained("swin", window=window, initializer_range=0.2, qkv_bias=False)
 
 
 def logits(model: Any) -> torch.Tensor:
