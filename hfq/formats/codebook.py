@@ -12,9 +12,7 @@ import torch
 
 from hfq.errors import QuantizationError
 
-__all__ = [
-    "corrected", "decode", "encode", "even", "fit", "kmeans", "normal", "weighted_error",
-]  # fmt: skip
+__all__ = ["corrected", "decode", "encode", "even", "fit", "kmeans", "normal"]
 
 ITERATIONS = 50
 
@@ -45,12 +43,6 @@ def encode(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 def decode(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The levels of ``codes`` (any shape), in the dtype of the table."""
     return table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
-
-
-def weighted_error(values: torch.Tensor, table: torch.Tensor, weights: torch.Tensor | None = None) -> float:
-    """Mean of ``weights * (value - level)**2``, in float64."""
-    wrong = (values.double() - decode(encode(values, table), table).double()).square()
-    return float(wrong.mean() if weights is None else (wrong * weights.double()).sum() / weights.double().sum())
 
 
 class _Sorted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,12 +10,11 @@ from torch import nn
 from torch.func import functional_call
 
 from hfq.calibration.capture import device_of
-from hfq.errors import QuantizationError
 from hfq.reconstruction import loop
 from hfq.reconstruction.block import frozen
 from hfq.reconstruction.samples import Calls, Samples
 
-__all__ = ["fit", "fit_second_moment", "forward_with"]
+__all__ = ["fit", "forward_with"]
 
 
 def fit(
@@ -60,56 +58,3 @@ def forward_with(site: Any) -> loop.Forward:
         return functional_call(module, {"weight": weight.t() if site.kind == "transposed" else weight}, args, kwargs)
 
     return forward
-
-
-def fit_second_moment(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    quantizer: nn.Module,
-    *,
-    steps: int,
-    lr: float,
-    patience: int | None = None,
-) -> list[float]:
-    """Train a quantizer on ``tr((W - Q) H (W - Q)^T) / tr(W H W^T)``: the layer's squared error on all of its
-    calibration inputs at the cost of one ``[rows, K] x [K, K]`` product a step.
-
-    Args:
-        weight: ``[rows, K]``. hessian: ``[K, K]``. quantizer: gives ``[rows, K]``.
-        patience: stop after this many steps without a new least loss; the best parameters are kept in any case.
-
-    Returns:
-        The relative loss of every step.
-    """
-    w, h = weight.detach().float(), hessian.float().to(weight.device)
-    size = float(((w @ h) * w).sum())
-    if not size > 0:
-        return []
-    trained = [p for p in quantizer.parameters() if p.requires_grad]
-    adam = torch.optim.Adam(trained, lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-    curve: list[float] = []
-    least, kept, age = math.inf, [p.detach().clone() for p in trained], 0
-    for _ in range(steps + 1):  # the last round only looks at the end point
-        adam.zero_grad(set_to_none=True)
-        difference = quantizer().float() - w
-        fixed = difference.detach()
-        product = fixed @ h
-        value = float((product * fixed).sum()) / size
-        if not math.isfinite(value):
-            raise QuantizationError(f"the loss is {value} in step {len(curve)}: use a smaller learning rate")
-        curve.append(value)
-        age += 1
-        if value < least:
-            least, age = value, 0
-            kept = [p.detach().clone() for p in trained]
-        if patience is not None and age >= patience:
-            break
-        difference.backward(product * (2 / size))
-        adam.step()
-        schedule.step()
-    with torch.no_grad():
-        for p, best in zip(trained, kept, strict=True):
-            p.copy_(best)
-            p.grad = None
-    return curve

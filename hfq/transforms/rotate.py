@@ -6,8 +6,8 @@ as a Hadamard transform in front of a product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -257,18 +257,3 @@ def online_input(
 def online_of(module: nn.Module) -> online.Hadamard | None:
     """The transform that ``online_input`` put in front of a float module."""
     return next((hook.transform for hook in module._forward_pre_hooks.values() if isinstance(hook, _OnlineInput)), None)
-
-
-@contextmanager
-def without_online(module: nn.Module) -> Iterator[None]:
-    """Run a float module on inputs that are transformed already."""
-    before = dict(module._forward_pre_hooks)
-    for key, hook in before.items():
-        if isinstance(hook, _OnlineInput):
-            del module._forward_pre_hooks[key]
-    try:
-        yield
-    finally:
-        later = {key: hook for key, hook in module._forward_pre_hooks.items() if key not in before}
-        module._forward_pre_hooks.clear()
-        module._forward_pre_hooks.update({**before, **later})

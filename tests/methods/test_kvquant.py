@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from codebooks import weighted_error
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hfq
@@ -171,12 +172,12 @@ def test_codebooks_are_sorted_and_the_best_on_their_data(bits: int) -> None:
             scaled, scale, kept = kv_fit.normalised(x, spec, low, high)
             values, weights = scaled[kept], (weight * scale.square())[kept]
             assert weights.std() > 0.1 * weights.mean()  # gradients differ
-            best = codebook.weighted_error(values, table, weights)
-            assert best < min(codebook.weighted_error(values, other(bits), weights)
+            best = weighted_error(values, table, weights)
+            assert best < min(weighted_error(values, other(bits), weights)
                               for other in (codebook.normal, codebook.even))
             ones = codebook.kmeans(values, 2**bits, torch.ones_like(values), seed=3)
             assert torch.equal(ones, codebook.kmeans(values, 2**bits, seed=3))
-            assert codebook.weighted_error(values, table, weights) < codebook.weighted_error(values, ones, weights)
+            assert weighted_error(values, table, weights) < weighted_error(values, ones, weights)
 
 
 @pytest.mark.must_hold("kvquant", 6)

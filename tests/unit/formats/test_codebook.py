@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from codebooks import weighted_error
 
 from hfq.errors import QuantizationError
 from hfq.formats import codebook
@@ -55,7 +56,7 @@ def test_kmeans_ends_where_a_plain_one_does(weighted: bool) -> None:
         assert not torch.allclose(table, codebook.kmeans(x, 8, iterations=500), atol=1e-3)
     else:
         assert torch.equal(table, codebook.kmeans(x, 8, torch.full_like(x, 2.0), iterations=500))
-    assert codebook.weighted_error(x, table, w) < codebook.weighted_error(x, codebook.even(3), w)
+    assert weighted_error(x, table, w) < weighted_error(x, codebook.even(3), w)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -65,9 +66,9 @@ def test_fitted_tables_are_no_worse_than_the_fixed_ones(bits: int) -> None:
         w = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed))
         table = codebook.fit(x, bits, w, seed=seed)
         assert table.shape == (2**bits,) and (table.diff() >= 0).all() and table.abs().max() <= 1
-        error = codebook.weighted_error(x, table, w)
-        assert error < min(codebook.weighted_error(x, codebook.normal(bits), w),
-                           codebook.weighted_error(x, codebook.even(bits), w))
+        error = weighted_error(x, table, w)
+        assert error < min(weighted_error(x, codebook.normal(bits), w),
+                           weighted_error(x, codebook.even(bits), w))
         assert torch.equal(table, codebook.fit(x, bits, w, seed=seed))
 
 
