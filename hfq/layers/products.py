@@ -26,8 +26,10 @@ from hfq.layers.manifest import present
 from hfq.layers.times import NoiseLevels
 from hfq.report import Report, Row
 
-__all__ = ["AttentionProducts", "causal", "empty_products", "install"]
+__all__ = ["NOT_CAUSAL", "AttentionProducts", "causal", "empty_products", "install"]
 
+# What reports say of causal ones.
+NOT_CAUSAL = "attention that is causal keeps its products in floats: stored ranges are for attention without a cache"
 # Options of attention functions that change the result and that these products do not know.
 _CHANGING = {"softcap", "position_bias", "s_aux", "sinks", "attention_sinks", "alibi", "block_mask", "score_mod"}
 

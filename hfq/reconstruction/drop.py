@@ -16,7 +16,7 @@ from hfq.layers.fake import Drop
 from hfq.reconstruction import block, layer, losses
 from hfq.reconstruction.samples import Calls, Samples
 from hfq.reconstruction.units import Unit, simulated
-from hfq.rounding.lowrank import GatedRounding, sharpness
+from hfq.rounding.lowrank import Hardening
 
 __all__ = ["Course", "Fitted", "fit", "fit_site"]
 
@@ -53,17 +53,8 @@ class Course:
             "lr": lambda name, _: self.lr_step if name.startswith("parameters.") else self.lr,
             "constant": lambda name: not name.startswith("parameters."),
             "parameters": [step.scale for step in unit.steps], "keep": "last", "generator": generator,
-            "penalty": self._penalty(list(unit.roundings.values())),
+            "penalty": Hardening(self.steps, self.penalty, self.sharp, self.warmup).over(unit.roundings.values()),
         }  # fmt: skip
-
-    def _penalty(self, roundings: Sequence[GatedRounding]) -> Callable[[int], torch.Tensor | None]:
-        def value(step: int) -> torch.Tensor | None:
-            beta = sharpness(step, self.steps, start=self.sharp[0], end=self.sharp[1], warmup=self.warmup, linear=True)
-            if beta is None or not roundings:
-                return None
-            return self.penalty * torch.stack([rounding.penalty(beta) for rounding in roundings]).sum()
-
-        return value
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,7 @@ def attach_attention(
         probabilities: whether the first key is left out is found here.
     """
     if products.causal(model.get_submodule(name)):
-        report.note("attention that is causal keeps its products in floats: stored ranges are for attention without a "
-                    "cache")
+        report.note(products.NOT_CAUSAL)
         return False
     wanted = how.start == "always" or (how.start == "auto" and one.share > 0.5)
     first = one.cross and "rest" in one.operands and wanted

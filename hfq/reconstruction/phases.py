@@ -20,7 +20,7 @@ from hfq.calibration.capture import device_of
 from hfq.calibration.step import Step
 from hfq.formats import ActivationSpec, Codes, QuantSpec, activation
 from hfq.formats.activation import Parameters
-from hfq.layers import attention, products
+from hfq.layers import products
 from hfq.layers.conv import SecondHalf
 from hfq.layers.fake import fake_halves
 from hfq.layers.products import SIDES, AttentionProducts
@@ -32,7 +32,7 @@ from hfq.reconstruction.units import Unit
 from hfq.rounding import nearest
 from hfq.rounding.halves import HalvedRounding
 from hfq.rounding.learned_step import LearnedStep
-from hfq.rounding.lowrank import GatedRounding, sharpness
+from hfq.rounding.lowrank import GatedRounding, Hardening
 
 __all__ = [
     "Course", "Inputs", "Ranges", "Rounded", "fit_inputs", "fit_weights", "harden", "held", "measure", "pack",
@@ -161,13 +161,7 @@ def fit_weights(
     generator: torch.Generator | None = None,
 ) -> list[float]:
     """Train the gates so that the block gives ``targets`` from the quantized stream; returns the loss curve."""
-    def penalty(number: int) -> torch.Tensor | None:
-        beta = sharpness(number, course.steps, start=course.sharp[0], end=course.sharp[1], warmup=course.warmup,
-                         linear=True)  # fmt: skip
-        if beta is None or not gates:
-            return None
-        return course.penalty * torch.stack([one.penalty(beta) for one in gates.values()]).sum()
-
+    penalty = Hardening(course.steps, course.penalty, course.sharp, course.warmup).over(gates.values())
     return block.fit(step, gates, targets=targets, steps=course.steps, lr=course.lr, batch_size=course.batch_size,
                      loss="sum" if course.over_axis else "mse", generator=generator, keep="last",
                      penalty=penalty, constant=lambda name: True)  # fmt: skip
@@ -248,8 +242,7 @@ def _params(
 def _products(step: Step, name: str, bits: int, how: Ranges, inputs: Inputs) -> None:
     if products.causal(step.model.get_submodule(name)):
         if step.report is not None:
-            step.report.note("attention that is causal keeps its products in floats: stored ranges are for attention "
-                             "without a cache")
+            step.report.note(products.NOT_CAUSAL)
         return
     sample, spec = static.observe_attention(step, name, seed=how.seed), input_grid(bits, how.symmetric)
     # Zero is a point of the grid of probabilities, and its first one.
@@ -297,10 +290,7 @@ def fit_inputs(
 
 def pack(step: Step, rounded: Mapping[str, Rounded], inputs: Inputs, how: Ranges) -> None:
     """Store the steps and replace the sites whose codes are there by packed layers."""
-    for name, sides in inputs.sides.items():
-        part = attention.installed(step.model.get_submodule(name))
-        for side, learned in sides.items():
-            part.set_range(side, learned.params())  # type: ignore[union-attr]
+    units.store(step.model, inputs.sides)
     for site in step.block.sites:
         if site.name not in rounded:
             continue

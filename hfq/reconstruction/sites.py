@@ -222,8 +222,7 @@ def learn_products(
         if not any(site.startswith(f"{name}.") for site in inside):
             continue
         if products.causal(model.get_submodule(name)):
-            report.note("attention that is causal keeps its products in floats: stored ranges are for attention "
-                        "without a cache")
+            report.note(products.NOT_CAUSAL)
             continue
 
         def run() -> None:

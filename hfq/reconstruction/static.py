@@ -143,8 +143,7 @@ def pack_products(
     module = step.model.get_submodule(name)
     if products.causal(module):
         if report is not None:
-            report.note("attention that is causal keeps its products in floats: stored ranges are for attention "
-                        "without a cache")
+            report.note(products.NOT_CAUSAL)
         return False
     sample = static.observe_attention(step, name, seed=seed)
     grids = {side: input_grid(plan.bits_of(side), plan.symmetric) for side in ("query", "key", "value")}

@@ -31,7 +31,7 @@ from hfq.transforms import reparameterize
 
 __all__ = [
     "Grids", "Unit", "calibrate_group", "calibrate_products", "calibrate_rows", "foldable", "pack", "rounding_of",
-    "simulated", "swap_options",
+    "simulated", "store", "swap_options",
 ]  # fmt: skip
 
 
@@ -151,8 +151,7 @@ def calibrate_products(unit: Unit, step: Step, name: str, bits: int, grids: Grid
     model = step.model
     if products.causal(model.get_submodule(name)):
         if report is not None:
-            report.note("attention that is causal keeps its products in floats: stored ranges are for attention "
-                        "without a cache")
+            report.note(products.NOT_CAUSAL)
         return
 
     def run() -> None:
@@ -197,16 +196,21 @@ def simulated(model: nn.Module, unit: Unit, sites: Mapping[str, Any], drop: Drop
             part.rounded = None  # type: ignore[union-attr]
 
 
+def store(model: nn.Module, sides: Mapping[str, Mapping[str, LearnedStep]]) -> None:
+    """Give attentions the steps that were learned of their sides."""
+    for name, steps in sides.items():
+        part = attention.installed(model.get_submodule(name))
+        for side, learned in steps.items():
+            part.set_range(side, learned.params())  # type: ignore[union-attr]
+
+
 def pack(step: Step, unit: Unit, sites: Sequence[Any], **told: Any) -> None:
     """Harden the gates, store the steps, and replace the sites by packed layers.
 
     Args:
         told: for all report rows.
     """
-    for name, sides in unit.sides.items():
-        part = attention.installed(step.model.get_submodule(name))
-        for side, learned in sides.items():
-            part.set_range(side, learned.params())  # type: ignore[union-attr]
+    store(step.model, unit.sides)
     for site in sites:
         rounding = unit.roundings.get(site.name)
         if rounding is None:

@@ -9,7 +9,8 @@ uniform code.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from hfq.errors import ConfigError
 from hfq.formats import PER_TENSOR, Codes, QuantSpec, affine
 
-__all__ = ["HIGH", "LOW", "Bank", "GatedRounding", "gate", "gate_start", "sharpness"]
+__all__ = ["HIGH", "LOW", "Bank", "GatedRounding", "Hardening", "gate", "gate_start", "sharpness"]
 
 # The sigmoid is stretched to [LOW, HIGH] and cut at [0, 1], so that gates can reach both ends.
 LOW, HIGH = -0.1, 1.1
@@ -44,6 +45,35 @@ def sharpness(
         return None
     share = min((step - begin) / max(steps - begin, 1), 1.0)
     return end + (start - end) * (1 - share if linear else 0.5 * (1 + math.cos(math.pi * share)))
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """The penalty that drives gates to 0 and 1 over the steps of a course.
+
+    Attributes:
+        steps: of the course.
+        weight: of the penalty, a sum over weights.
+        sharp: its exponent, first and last, on a line.
+        warmup: share of the steps without it.
+    """
+
+    steps: int
+    weight: float
+    sharp: tuple[float, float]
+    warmup: float
+
+    def over(self, gates: Iterable[Any]) -> Callable[[int], torch.Tensor | None]:
+        """The penalty of a step (from 0) over roundings with gates; ``None`` for none."""
+        kept = list(gates)
+
+        def value(step: int) -> torch.Tensor | None:
+            beta = sharpness(step, self.steps, start=self.sharp[0], end=self.sharp[1], warmup=self.warmup, linear=True)
+            if beta is None or not kept:
+                return None
+            return self.weight * torch.stack([one.penalty(beta) for one in kept]).sum()
+
+        return value
 
 
 class _GatedRound(torch.autograd.Function):
