@@ -49,8 +49,8 @@ RECIPES: dict[str, Recipe] = {
     "vae": _Recipe(_AUTOENCODER, steps=400, batch=6),
     "wan": _Recipe({
         "patch_size": [1, 2, 2], "num_attention_heads": 4, "attention_head_dim": 24, "in_channels": 8,
-        "out_channels": 8, "text_dim": 64, "freq_dim": 64, "ffn_dim": 288, "num_layers": 4, "rope_max_seq_len": 32,
-    }, steps=2400, batch=24, needs=("vae",), sampling={
+        "out_channels": 8, "text_dim": 64, "freq_dim": 64, "ffn_dim": 288, "num_layers": 3, "rope_max_seq_len": 32,
+    }, steps=1800, batch=16, needs=("vae",), sampling={
         "num_inference_steps": 20, "guidance_scale": 3.0, "height": SIZE, "width": SIZE, "num_frames": FRAMES,
         "max_sequence_length": 8,
     }),

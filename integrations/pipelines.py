@@ -94,9 +94,10 @@ def _check_recorded(pipe: Any, name: str, calls: RecordedCalls, options: Mapping
         raise ConfigError(f"calls of {calls.component!r} were given for {name!r}: record_calls(pipe, {name!r}, ...)")
     last = getattr(getattr(pipe, "scheduler", None), "config", {}).get("num_train_timesteps")
     times = calls.timesteps[~calls.timesteps.isnan()]
-    if last is not None and len(times) and float(times.max()) >= last:
+    # Flow matching starts at the last timestep itself, others one before.
+    if last is not None and len(times) and float(times.max()) > last:
         raise DataError(f"the calls were recorded at timesteps up to {float(times.max()):g}, and the scheduler of this "
-                        f"pipeline ({type(pipe.scheduler).__name__}) has none from {last} on: record them with it")
+                        f"pipeline ({type(pipe.scheduler).__name__}) has none above {last}: record them with it")
     usual, scale = guidance_scale(pipe, options)
     if options.get("guidance") is False or not len(times):
         return

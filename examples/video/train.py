@@ -33,7 +33,7 @@ from hfq.integrations.inputs_diffusion import Recipe
 
 TARGET = 0.90  # of drawn clips that show the digit that was asked for, and of those that move where they should
 DRAWN = 200  # clips that are judged
-POOL = 6144  # clips whose latents are trained on
+POOL = 3072  # clips whose latents are trained on
 UNASKED = 0.1  # share of clips that are trained without their prompt
 SHIFT = 3.0  # of the noise schedule, as Wan's
 LENGTH = 8  # tokens of a prompt with its end

@@ -37,7 +37,8 @@ class ActivationSpec:
         granularity: "token" one scale (or one a group) for each position of the leading axes, "tensor" one for all.
         group_size: elements of the last axis that share a scale, the last group may be shorter; -1 all of them.
         dynamic: the range comes from the tensor itself; else it is stored (one pair a tensor).
-        factor: a stored positive number, one a layer, that the dynamic range is multiplied with.
+        factor: stored positive numbers that the dynamic range is multiplied with: ``True`` for one, 2 for one for its
+            lower and one for its upper end (of asymmetric grids; what lies outside is clamped).
     """
 
     bits: int = 8
@@ -45,7 +46,7 @@ class ActivationSpec:
     granularity: Literal["token", "tensor"] = "token"
     group_size: int = -1
     dynamic: bool = True
-    factor: bool = False
+    factor: bool | int = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -56,8 +57,10 @@ class ActivationSpec:
         if isinstance(size, bool) or not isinstance(size, int) or size < -1 or size == 0:
             raise ConfigError(f"activation group_size={size!r}: -1 (the whole token) or a positive integer")
         for name in ("symmetric", "dynamic", "factor"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: true or false")
+            if not isinstance(getattr(self, name), bool) and (name, getattr(self, name)) != ("factor", 2):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: true or false" + (", or 2" * (name == "factor")))
+        if self.factor == 2 and self.symmetric:
+            raise ConfigError("factor=2: the ends of a symmetric range are one number")
         if self.granularity == "tensor" and size != -1:
             raise ConfigError("one scale for the tensor has no groups: use granularity='token' with group_size")
         if not self.dynamic and (self.granularity != "tensor" or self.factor):
@@ -115,13 +118,17 @@ def range_parameters(
 
     Args:
         low, high: smallest and largest number; they are floats of one dtype.
-        factor: positive number that the range is multiplied with.
+        factor: positive number that the range is multiplied with, or two ``[2]`` for its lower and its upper end.
 
     Returns:
         ``(scale, zero_point)``; the zero point is a whole number in the dtype of the scale, ``None`` when symmetric.
-        Differentiable in ``low``, ``high`` and ``factor`` by the scale.
+        Differentiable in ``low``, ``high`` and ``factor`` by the scale; with two factors, whose ends move by
+        themselves, by the zero point as well (rounding passes gradients straight through).
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
+    if spec.factor == 2:
+        assert factor is not None
+        return _clipped(low * factor[0].to(low.dtype), high.clamp(min=SMALLEST_RANGE) * factor[1].to(low.dtype), spec)
     if spec.symmetric:
         reach, steps = torch.maximum(-low, high).clamp(min=SMALLEST_RANGE), spec.max_code
     else:
@@ -138,11 +145,17 @@ def range_parameters(
     return scale, zero
 
 
+def _clipped(low: torch.Tensor, high: torch.Tensor, spec: ActivationSpec) -> Parameters:
+    scale = (high - low) / spec.max_code
+    zero = (-low * (1 / scale)).clamp(0, spec.max_code)
+    return scale, zero + (zero.detach().round() - zero.detach()) if zero.requires_grad else zero.round()
+
+
 def row_parameters(x: torch.Tensor, spec: ActivationSpec, factor: torch.Tensor | None = None) -> Parameters:
     """Scale and zero point of ``x`` ``[..., features]`` itself, computed in float32 (float64 of float64).
 
     Args:
-        factor: number of one element, needed if and only if ``spec.factor``.
+        factor: number of one element (two if ``spec.factor == 2``), needed if and only if ``spec.factor``.
 
     Returns:
         ``(scale, zero_point)``: ``[..., groups]`` for tokens, ``[1]`` for the tensor; ``zero_point`` is ``None`` for
@@ -153,7 +166,7 @@ def row_parameters(x: torch.Tensor, spec: ActivationSpec, factor: torch.Tensor |
     """
     if not spec.dynamic:
         raise QuantizationError("a static activation format has stored parameters: pass params=(scale, zero_point)")
-    if spec.factor != (factor is not None):
+    if bool(spec.factor) != (factor is not None):
         raise QuantizationError("factor is needed if and only if the activation format has one")
     return range_parameters(*_extremes(_grouped(x.to(_working(x)), spec), spec), spec, factor)
 
@@ -208,7 +221,8 @@ def fake(
     """Quantize and dequantize ``x`` ``[..., features]``: same shape and dtype, computed in float32.
 
     Differentiable: rounding passes gradients straight through, a clamp stops them, and they reach the scale (of a
-    dynamic range: the extreme elements), ``params`` and ``factor``. The zero point is constant.
+    dynamic range: the extreme elements), ``params`` and ``factor``. The zero point of a range is constant, unless its
+    ends have factors of their own.
     """
     scale, zero = _parameters(x, spec, params, factor)
     v = _grouped(x.to(scale.dtype), spec) * _column(1 / scale, spec)

@@ -186,7 +186,8 @@ def _activation(spec: ActivationSpec) -> list[int]:
 def _spec(numbers: list[int]) -> ActivationSpec:
     bits, symmetric, tensor, group, dynamic, factor = numbers
     kind = "tensor" if tensor else "token"
-    return ActivationSpec(bits, bool(symmetric), kind, group, bool(dynamic), bool(factor))  # type: ignore[arg-type]
+    factors = 2 if factor == 2 else bool(factor)
+    return ActivationSpec(bits, bool(symmetric), kind, group, bool(dynamic), factors)  # type: ignore[arg-type]
 
 
 def _given(spec: ActivationSpec, tensors: list[torch.Tensor]) -> tuple[Parameters | None, torch.Tensor | None]:

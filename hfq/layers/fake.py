@@ -43,7 +43,7 @@ class Drop:
 @contextmanager
 def fake_inputs(
     modules: Mapping[nn.Module, ActivationSpec | TwinSpec | None],
-    factors: Mapping[nn.Module, torch.Tensor] | None = None,
+    factors: Mapping[nn.Module, torch.Tensor | Callable[[], torch.Tensor]] | None = None,
     params: Mapping[nn.Module, Given] | None = None,
     drop: Drop | None = None,
 ) -> Iterator[None]:
@@ -51,7 +51,8 @@ def fake_inputs(
 
     Args:
         modules: the grid of each module; ``None`` leaves it alone.
-        factors: number of one element for the grids that have a factor; gradients reach it.
+        factors: number of one element (two for two factors) for the grids that have a factor, or a function that gives
+            it anew at every call; gradients reach it.
         params: ``(scale, zero_point)`` for the static grids, or a function that gives them anew at every call;
             gradients reach both.
         drop: leaves the rounding of single elements out.
@@ -65,7 +66,7 @@ def fake_inputs(
         for module, spec in modules.items():
             if spec is None:
                 continue
-            if spec.factor != (module in factors) or spec.dynamic == (module in params):
+            if bool(spec.factor) != (module in factors) or spec.dynamic == (module in params):
                 what = "a factor" if spec.dynamic else "stored parameters"
                 raise QuantizationError(f"{type(module).__name__}: {what} and its activation format do not agree")
             handles.append(module.register_forward_pre_hook(
@@ -134,7 +135,8 @@ class _Memo:
 
 
 def _hook(
-    spec: ActivationSpec | TwinSpec, params: Given | None, factor: torch.Tensor | None, memo: _Memo, drop: Drop | None
+    spec: ActivationSpec | TwinSpec, params: Given | None, factor: torch.Tensor | Callable[[], torch.Tensor] | None,
+    memo: _Memo, drop: Drop | None,
 ) -> Any:
     def fake(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         shared = params is None and factor is None
@@ -144,7 +146,7 @@ def _hook(
     def alone(x: torch.Tensor) -> torch.Tensor:
         now = params() if callable(params) else params
         given = None if now is None else tuple(t if t is None else t.to(x.device) for t in now)
-        return grids.fake(x, spec, given, factor)  # type: ignore[arg-type]
+        return grids.fake(x, spec, given, factor() if callable(factor) else factor)  # type: ignore[arg-type]
 
     def quantize(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:

@@ -20,8 +20,8 @@ from hfq.layers.slot import Slot
 from hfq.layers.times import NoiseLevels
 
 __all__ = [
-    "Chain", "InputSpec", "QuantizedInput", "activation_of", "check_input", "describe_input", "input_shapes", "join",
-    "online_of",
+    "Chain", "InputSpec", "QuantizedInput", "activation_of", "check_input", "describe_input", "input_shapes",
+    "input_size", "join", "online_of",
 ]  # fmt: skip
 
 
@@ -76,8 +76,7 @@ def join(online: OnlinePart | Sequence[OnlinePart] | None) -> OnlinePart | None:
 
 
 def input_shapes(spec: InputSpec | None, prefix: str = "") -> dict[str, torch.dtype]:
-    """Names and dtypes of the stored input parameters, each of one element (ranges that follow noise levels: of one a
-    level)."""
+    """Names and dtypes of the stored input parameters; see :func:`input_size` for their shapes."""
     if spec is None:
         return {}
     found = {prefix + "input_factor": torch.float32} if spec.factor else {}
@@ -88,11 +87,19 @@ def input_shapes(spec: InputSpec | None, prefix: str = "") -> dict[str, torch.dt
     return found
 
 
+def input_size(spec: InputSpec | None, name: str, levels: NoiseLevels | None = None) -> tuple[int, ...]:
+    """Shape of a stored input parameter: one element (of ranges and ends that follow noise levels one a level), of the
+    factors of both ends two."""
+    ends = (2,) if spec is not None and spec.factor == 2 and name.endswith("factor") else ()
+    return (1 if levels is None else len(levels), *ends)
+
+
 class QuantizedInput:
     """What a packed layer knows of its inputs: a format, and for static ones and factors parameters in the module.
 
     Attributes:
-        levels: the noise levels that static ranges belong to, one each; ``None``: one range serves all calls.
+        levels: the noise levels that static ranges, or the factors of both ends of dynamic ones, belong to, one each;
+            ``None``: one serves all calls.
     """
 
     activation: InputSpec | None = None
@@ -118,7 +125,8 @@ class QuantizedInput:
                 state = "missing" if tensor is None else "not part of the activation format"
                 raise QuantizationError(f"{self.label or key}: {leaf} is {state}")
             if tensor is not None:
-                value = tensor.detach().reshape(-1).to(device, wanted[prefix + leaf], copy=True)
+                size = input_size(self.activation, leaf, self.levels)
+                value = tensor.detach().reshape(-1, *size[1:]).to(device, wanted[prefix + leaf], copy=True)
                 self._put(prefix + leaf, value)
         if self.activation is not None:
             check_input(self, self.activation, prefix, self.label or key, QuantizationError)
@@ -130,7 +138,9 @@ class QuantizedInput:
         if spec is None or (spec.dynamic and not spec.factor):
             return None, None
         if spec.factor:
-            return None, self._parameters[prefix + "input_factor"]
+            factor: torch.Tensor = self._parameters[prefix + "input_factor"]
+            factor = factor if self.levels is None else times.chosen((factor, None), self.levels)[0]
+            return None, factor[0] if spec.factor == 2 else factor
         stored = self._parameters
         params = stored[prefix + "input_scale"], stored.get(prefix + "input_zero_point")
         return (params if self.levels is None else times.chosen(params, self.levels)), None
@@ -141,9 +151,10 @@ def check_input(module: Any, spec: InputSpec, prefix: str, where: str, error: ty
     count = 1 if module.levels is None else len(module.levels)
     for name, dtype in input_shapes(spec, prefix).items():
         tensor = module._parameters[name]
-        if tensor is None or tuple(tensor.shape) != (count,) or tensor.dtype != dtype:
+        size = input_size(spec, name, module.levels)
+        if tensor is None or tuple(tensor.shape) != size or tensor.dtype != dtype:
             found = None if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise error(f"{where}.{name} is {found}; {dtype} ({count},) is needed")
+            raise error(f"{where}.{name} is {found}; {dtype} {size} is needed")
     if not spec.dynamic:
         scale, zero = module._parameters[prefix + "input_scale"], module._parameters.get(prefix + "input_zero_point")
         try:
@@ -152,7 +163,7 @@ def check_input(module: Any, spec: InputSpec, prefix: str, where: str, error: ty
             raise error(str(wrong)) from None
     factor = module._parameters.get(prefix + "input_factor")
     if factor is not None and not factor.is_meta and not (torch.isfinite(factor).all() and (factor > 0).all()):
-        raise error(f"{where}.{prefix}input_factor is {float(factor)}: a finite number above zero is needed")
+        raise error(f"{where}.{prefix}input_factor is {factor.tolist()}: finite numbers above zero are needed")
 
 
 def describe_input(spec: InputSpec | None) -> dict[str, Any] | None:

@@ -22,13 +22,16 @@ __all__ = ["follow", "following", "thin"]
 
 
 def follow(
-    layer: PackedModule, levels: NoiseLevels, params: Mapping[str, Parameters], row: Row | None = None
+    layer: PackedModule, levels: NoiseLevels, params: Mapping[str, Parameters], row: Row | None = None, *,
+    factors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Give a packed layer a range of its input for each noise level, in the place of the one that it has.
 
     Args:
         params: scale and zero point ``[levels]`` of each slot ("weight", and "second" of an input in two halves).
         row: of the report; its bits count them.
+        factors: of a dynamic input in the place of ``params``: of the lower and the upper end, ``[levels, 2]`` of each
+            slot.
 
     Raises:
         QuantizationError: the layer has no stored range, or they are no ranges.
@@ -37,8 +40,8 @@ def follow(
         raise QuantizationError(f"{layer.label}: {type(layer).__name__} has one range for all noise levels")
     before = _stored_bits(layer)
     layer.follow(levels)
-    for key, one in params.items():
-        layer.set_input(key, one)
+    for key in {**params, **(factors or {})}:
+        layer.set_input(key, params.get(key), (factors or {}).get(key))
     if row is not None and row.bits is not None and row.numel:
         row.bits += (_stored_bits(layer) - before) / row.numel
         row.extra["levels"] = len(levels)

@@ -92,18 +92,20 @@ class OneWeight(PackedModule):
         self.banks = part.to(self.device)
 
     def follow(self, levels: NoiseLevels) -> None:
-        """Hold a range of the input for each noise level from now on, the present one until others are set.
+        """Hold a range of the input (or factors of its ends) for each noise level from now on, the present one until
+        others are set.
 
         Raises:
             QuantizationError: the input has no stored range.
         """
         where, spec = self.label or type(self).__name__, self.activation
-        if spec is None or spec.dynamic:
+        if spec is None or (spec.dynamic and not spec.factor):
             raise QuantizationError(f"{where}: its input has no stored range that noise levels could have")
         self.levels = levels
         for slot in self.slots.values():
             for name in input_shapes(spec, slot.prefix):
-                self._put(name, self._parameters[name].detach()[:1].repeat(len(levels)))  # type: ignore[union-attr]
+                first = self._parameters[name].detach()[:1]  # type: ignore[union-attr]
+                self._put(name, first.repeat(len(levels), *(1,) * (first.ndim - 1)))
 
     @property
     def product_input(self) -> InputSpec | None:

@@ -20,7 +20,7 @@ from hfq.errors import CheckpointError, QuantizationError
 from hfq.formats import ActivationSpec, Codes, affine, bitpack
 from hfq.kernels import PackedWeight, Runtime
 from hfq.layers.deferred import Deferred
-from hfq.layers.inputs import QuantizedInput, input_shapes
+from hfq.layers.inputs import QuantizedInput, input_shapes, input_size
 from hfq.layers.online import OnlinePart
 from hfq.layers.slot import Slot, columns_of
 
@@ -76,7 +76,7 @@ class PackedModule(QuantizedInput, nn.Module):
                 self._put(name, torch.empty(shape, dtype=dtype, device=device))
             for name, dtype in input_shapes(activation, slot.input_prefix).items():
                 self.register_parameter(name, None)
-                self._put(name, torch.empty(1, dtype=dtype, device=device))
+                self._put(name, torch.empty(input_size(activation, name), dtype=dtype, device=device))  # type: ignore
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         with torch.inference_mode(False):

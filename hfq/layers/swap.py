@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from hfq.layers.conv import SecondHalf
 from hfq.layers.deferred import Deferred
 from hfq.layers.embedding import QEmbedding
 from hfq.layers.experts import is_transposed, pack_experts
-from hfq.layers.inputs import InputSpec, check_input, input_shapes, join
+from hfq.layers.inputs import InputSpec, check_input, input_shapes, input_size, join
 from hfq.layers.integer import IntegerModule
 from hfq.layers.integer_build import check as check_integer
 from hfq.layers.kinds import empty, kind_of, matrix_of, to_float
@@ -198,8 +199,8 @@ def _bits(
     """Stored bits for each of ``numel`` weights, with all that comes along; ``halves`` of the input have ranges."""
     stored = sum(one.bits_per_weight() * one.codes.numel() for one in (codes, *others))
     stored += 0 if online is None else 8 * sum(p.nbytes for p in online.parameters())
-    stored += 8 * halves * sum(dtype.itemsize for dtype in input_shapes(activation).values())
-    return stored / numel
+    inputs = sum(math.prod(input_size(activation, name)) * t.itemsize for name, t in input_shapes(activation).items())
+    return (stored + 8 * halves * inputs) / numel
 
 
 def _asked(asked: Mapping[str, Any], activation: InputSpec | None) -> dict[str, Any]:

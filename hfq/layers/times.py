@@ -53,6 +53,12 @@ class NoiseLevels:
         if not self.levels or not all(map(math.isfinite, self.levels)):
             raise QuantizationError(f"noise levels {self.levels}: one or more finite numbers are needed")
 
+    @classmethod
+    def even(cls, count: int, last: float = 1000.0) -> NoiseLevels:
+        """``count`` levels in the middle of equal parts of ``[0, last]``: a timestep t belongs to part
+        ``floor(t * count / last)`` from below."""
+        return cls([(count - i - 0.5) * last / count for i in range(count)])
+
     def __len__(self) -> int:
         return len(self.levels)
 

@@ -34,21 +34,38 @@ class _Student(Protocol):
 
 
 class Trajectories:
-    """Rows of :func:`hfq.training.loop.fit`: a step takes one whole call, in the order of the data, and then again.
+    """Rows of :func:`hfq.training.loop.fit`: a step takes whole calls, each of them once before it takes one again.
 
     Args:
         calls: batches of forward keywords of a denoiser, each at one timestep.
         guided: both halves of guidance are in every call; parts of it have both halves of their samples.
+        together: calls a step.
+        seed: of an order at random, another one in every round; ``None`` keeps the order of the data.
     """
 
-    def __init__(self, calls: Sequence[Mapping[str, Any]], guided: bool = False) -> None:
+    def __init__(
+        self, calls: Sequence[Mapping[str, Any]], guided: bool = False, *, together: int = 1, seed: int | None = None
+    ) -> None:
         if not len(calls):
             raise DataError("training needs data: no calls were given")
-        self.calls, self.guided = calls, guided
+        self.calls, self.guided, self.together, self.seed = calls, guided, together, seed
+        self._order: tuple[int, list[int]] = (-1, [])
 
     def parts(self, step: int, micro_batch: int) -> Iterator[dict[str, Any]]:
         """This process' share of the samples of a step, ``micro_batch`` of them in a pass."""
-        call = self.calls[step % len(self.calls)]
+        for number in range(step * self.together, (step + 1) * self.together):
+            yield from self._passes(self.calls[self._place(number)], micro_batch)
+
+    def _place(self, number: int) -> int:
+        round_, place = divmod(number, len(self.calls))
+        if self.seed is None:
+            return place
+        if self._order[0] != round_:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + round_)
+            self._order = round_, torch.randperm(len(self.calls), generator=generator).tolist()
+        return self._order[1][place]
+
+    def _passes(self, call: Mapping[str, Any], micro_batch: int) -> Iterator[dict[str, Any]]:
         rows = batch_rows(call)
         if self.guided and rows % 2:
             raise DataError(f"a call of {rows} rows has no two halves of guidance: record the calls with guidance")

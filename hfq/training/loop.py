@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from hfq.calibration.rows import batch_rows
 from hfq.errors import ConfigError, DataError, QuantizationError
 from hfq.training.progress import Saved
 
-__all__ = ["SCHEDULES", "Objective", "Rows", "fit", "gathered", "mean_loss", "rows_of"]
+__all__ = ["SCHEDULES", "Gradients", "Objective", "Rows", "fit", "gathered", "mean_loss", "rows_of"]
 
 SCHEDULES = ("cosine", "linear", "constant")
 ProgressBar = Callable[[int, str], Any]
@@ -45,6 +46,27 @@ class Objective(Protocol):
         """Leave the gradients at the parameters."""
 
 
+@dataclass
+class Gradients:
+    """What happens to the gradients of a step before the optimiser takes it.
+
+    Attributes:
+        clip: largest norm of all of them together; longer ones are scaled down.
+        watched: parameters whose norm is kept; default all.
+        norms: one a step, before clipping; filled in.
+    """
+
+    clip: float | None = None
+    watched: Sequence[torch.Tensor] | None = None
+    norms: list[float] = field(default_factory=list)
+
+    def take(self, parameters: Sequence[torch.Tensor]) -> None:
+        watched = parameters if self.watched is None else self.watched
+        self.norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in watched if p.grad is not None])))
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+
+
 def fit(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
@@ -57,7 +79,10 @@ def fit(
     seed: int = 0,
     saved: Saved | None = None,
     progress: ProgressBar | None = None,
+    before: Callable[[int], None] | None = None,
     after: Callable[[], None] | None = None,
+    warmup: float = 0.0,
+    gradients: Gradients | None = None,
     where: str = "training",
 ) -> list[float]:
     """Train; the gradient of a step is that of the mean loss over all tokens of its rows, in all processes.
@@ -73,7 +98,10 @@ def fit(
         seed: of the order of the rows.
         saved: where the state is kept; a run that finds one there goes on from it.
         progress: makes a progress bar.
+        before: called with the number of every step, before it.
         after: called after every step.
+        warmup: share of the steps over which the learning rates rise from 0 to what the schedule says.
+        gradients: how they are clipped, and where their norms are kept.
         where: named in errors and on the progress bar.
 
     Returns:
@@ -95,8 +123,10 @@ def fit(
     for _ in curve if bar is not None else ():
         bar.update()  # type: ignore[union-attr]
     for step in range(len(curve), steps):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * _factor(schedule, step, steps)
+        factor = _factor(schedule, step, steps) * min(1.0, (step + 1) / max(1.0, warmup * steps))
+        _set_rates(optimizer, [rate * factor for rate in rates])
+        if before is not None:
+            before(step)
         optimizer.zero_grad(set_to_none=True)
         objective.start()
         total, count = 0.0, 0
@@ -108,6 +138,8 @@ def fit(
         if not math.isfinite(value):
             raise QuantizationError(f"{where}: the loss is {value} in step {step}: use smaller learning rates, or no "
                                     "mixed precision")
+        if gradients is not None:
+            gradients.take(parameters)
         optimizer.step()
         if after is not None:
             after()
@@ -118,8 +150,7 @@ def fit(
             bar.update()
     if bar is not None:
         bar.close()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    _set_rates(optimizer, rates)
     return curve
 
 
@@ -142,6 +173,11 @@ def rows_of(batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     """Some rows of a batch; what has no axis for rows is shared."""
     size, index = batch_rows(dict(batch)), torch.tensor(list(rows))
     return rebuild(dict(batch), lambda _, t: t[index.to(t.device)] if t.ndim and t.shape[0] == size else t)
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _factor(schedule: str, step: int, steps: int) -> float:

@@ -22,12 +22,16 @@ class Saved:
         path: of the file; its folder is made if missing.
         fingerprint: what the result depends on; JSON values.
         every: steps between two writes, default :attr:`EVERY`. The last step is always written.
+        kept: lists of JSON values that grow while the run goes on; they are written, and filled in when it continues.
     """
 
     EVERY = 10
 
-    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], every: int | None = None) -> None:
-        self.path, self.every = Path(path), max(1, every or self.EVERY)
+    def __init__(
+        self, path: str | Path, fingerprint: Mapping[str, Any], every: int | None = None,
+        kept: Mapping[str, list[Any]] | None = None,
+    ) -> None:
+        self.path, self.every, self.kept = Path(path), max(1, every or self.EVERY), kept or {}
         self.fingerprint = as_json(fingerprint)
 
     def load(self, optimizer: torch.optim.Optimizer) -> list[float]:
@@ -54,6 +58,8 @@ class Saved:
             if state:
                 # Counters stay on the CPU, as they were made.
                 optimizer.state[p] = {key: t.to(p.device) if t.ndim else t.clone() for key, t in state.items()}
+        for name, values in self.kept.items():
+            values[:] = details["kept"][name]
         return list(details["curve"])
 
     def offer(self, optimizer: torch.optim.Optimizer, curve: list[float], *, last: bool = False) -> None:
@@ -67,7 +73,7 @@ class Saved:
             for key, value in optimizer.state.get(p, {}).items():
                 tensors[f"{number}.{key}"] = value.detach().to("cpu").contiguous()
         shapes = [list(p.shape) for p in parameters]
-        details = {"fingerprint": self.fingerprint, "curve": curve, "shapes": shapes}
+        details = {"fingerprint": self.fingerprint, "curve": curve, "shapes": shapes, "kept": dict(self.kept)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_state(self.path, tensors, details)
 

@@ -232,6 +232,8 @@ def serve(
     whole = spec.dynamic and spec.granularity == "tensor"
     if constraint(spec) or x.dim() != 2 or x.dtype not in _FLOATS or torch.is_grad_enabled() and x.requires_grad:
         return None
+    if spec.factor == 2:
+        return None  # both ends scaled and then subtracted: a kernel would contract that, and round otherwise
     if kind == "hadamard":
         transform = before["transform"]
         order, signs = getattr(transform, "order", None), getattr(transform, "signs", None)
