@@ -116,6 +116,7 @@ def quantize(model: Any, data: Any, config: QVGenConfig, report: Report) -> None
 
     def before(step: int) -> None:
         """5 and 6: the module's factors follow from the number of the step."""
+        helped.fade(max(step - 1, 0))
         if config.check_calls and step and _phase(config, step) != _phase(config, step - 1):
             checks.append(_check(helped, objective, calls, step, config.check_calls))
         helped.advance(step, config.module_warmup)

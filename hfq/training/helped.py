@@ -32,14 +32,14 @@ def first_grid(matrix: torch.Tensor, spec: QuantSpec) -> Grid:
 
 
 def effective(
-    latent: torch.Tensor, grid: Grid, spec: QuantSpec | None, helper: torch.Tensor | None = None
+    latent: torch.Tensor, grid: Grid | None, spec: QuantSpec | None, helper: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``Q(W) + helper`` ``[rows, columns]``, differentiable in all of them; ``spec=None`` rounds nothing.
+    """``Q(W) + helper`` ``[rows, columns]``, differentiable in all of them; without a grid nothing is rounded.
 
     The gradients of scale and zero point are damped by ``1 / sqrt(weights a scale * highest code)`` (LSQ+).
     """
     rounded = latent
-    if spec is not None:
+    if spec is not None and grid is not None:
         damping = 1 / math.sqrt(spec.group_length(latent.shape[1]) * spec.max_code)
         rounded = affine.fake(latent, *weight_grid(*grid, spec, damping), spec)
     return rounded if helper is None else rounded + helper
@@ -80,7 +80,7 @@ class HelpedWeight(nn.Module):
         self.freeze(False)
         self.left = self.right = None
         if decay is not None:
-            error = matrix - affine.fake(matrix, *weight_grid(scale, zero, spec), spec)
+            error = matrix - effective(matrix, (scale, zero), spec)
             self.left, self.right = map(nn.Parameter, factorise(error, decay.rank))
             self.register_buffer("factors", decay.factors(0).to(matrix.device), persistent=False)
 
@@ -116,9 +116,12 @@ class HelpedWeight(nn.Module):
         before, now = self.decay.phase(max(step - 1, 0)), self.decay.phase(step)
         if self.decay.ranks[now]:
             cross(self.left, self.right, self.decay, before, now)  # type: ignore[arg-type]
+        self.fade(step)
+
+    def fade(self, step: int) -> None:
+        """Set the factors of a step, and leave ``L`` and ``R`` as they are (a run that goes on)."""
+        if self.decay is not None:
             self.factors.copy_(self.decay.factors(step))
-        else:
-            self.factors.zero_()
 
     @torch.no_grad()
     def codes(self) -> Codes:

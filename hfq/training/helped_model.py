@@ -86,6 +86,11 @@ class HelpedModel:
             weight.advance(step)
             weight.freeze(step < frozen)
 
+    def fade(self, step: int) -> None:
+        """Give the helpers the factors of a step that was done."""
+        for weight in self.weights.values():
+            weight.fade(step)
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Inside, the student computes as if there were no helpers."""

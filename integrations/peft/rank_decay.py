@@ -1,27 +1,25 @@
 """The tuner HFQ_RANK_DECAY: a low-rank helper beside a rounded weight, which is trained away.
 
-The helper is added after the quantizer, ``Q(W) + (gamma o L) R``, starts as the error of rounding and loses its rank in
-phases while ``W`` takes over its part. It is never merged: ``Q(W + L R)`` is another weight than ``Q(W) + L R``, and
-the latter has no codes. At rank 0 the packed layer computes what the layer computes.
+What a layer computes with is :mod:`hfq.training.helped`'s. The helper is never merged; at rank 0 the packed layer
+computes what the layer computes.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
-from hfq.calibration import ranks
 from hfq.errors import ConfigError, QuantizationError
-from hfq.formats import Codes, QuantSpec, affine
+from hfq.formats import Codes, QuantSpec
 from hfq.integrations.peft.registry import peft_type
 from hfq.integrations.peft.tuner import WeightTuner, WeightTunerConfig, WeightTunerLayer
 from hfq.layers import substitute
-from hfq.rounding.learned_step import weight_codes, weight_grid
-from hfq.training.decay import Decay, factorise, refactorise
+from hfq.rounding.learned_step import weight_codes
+from hfq.training import helped
+from hfq.training.decay import Decay, factorise
 
 __all__ = ["RankDecayConfig", "RankDecayLayer", "RankDecayModel", "decay_step"]
 
@@ -92,13 +90,11 @@ class RankDecayLayer(WeightTunerLayer):
             self._put("hfq_rank_decay_weight", adapter_name, weight)
         error = torch.zeros_like(weight)
         if spec is not None:
-            from hfq.rounding import nearest  # loading a packed model imports this file, and needs no solver
-
-            scale, zero = nearest.grid_of(weight, spec, clip="mse", norm=2.4)
-            self._put("hfq_rank_decay_scale", adapter_name, scale.float())
+            scale, zero = helped.first_grid(weight, spec)
+            self._put("hfq_rank_decay_scale", adapter_name, scale)
             if zero is not None:
-                self._put("hfq_rank_decay_zero", adapter_name, zero.float())
-            error = weight - affine.fake(weight, scale.float(), None if zero is None else zero.float(), spec)
+                self._put("hfq_rank_decay_zero", adapter_name, zero)
+            error = weight - helped.effective(weight, (scale, zero), spec)
         if decay.rank_at(config.step):
             left, right = factorise(error, decay.rank)
             self._put("hfq_rank_decay_L", adapter_name, left)
@@ -132,12 +128,9 @@ class RankDecayLayer(WeightTunerLayer):
     def effective(self, names: list[str]) -> torch.Tensor:
         """``Q(W) + (gamma o L) R`` of one adapter."""
         name = self._one(names)
-        rounded, spec, change = self._latent(name), self.grids[name], self.change(name)
-        if spec is not None:
-            damping = 1 / math.sqrt(spec.group_length(rounded.shape[1]) * spec.max_code)
-            scale, zero = weight_grid(*self._grid(name), spec, damping)
-            rounded = affine.fake(rounded, scale, zero, spec)
-        return rounded if change is None else rounded + change
+        spec = self.grids[name]
+        grid = None if spec is None else self._grid(name)
+        return helped.effective(self._latent(name), grid, spec, self.change(name))
 
     def codes(self, names: list[str]) -> Codes | torch.Tensor:
         name = self._one(names)
@@ -180,11 +173,7 @@ class RankDecayLayer(WeightTunerLayer):
                 if name in part:
                     del part[name]
         else:
-            for phase in range(now + 1, then + 1):
-                # Singular vectors have no sign of their own: every process takes those of the first.
-                new = ranks.broadcast(refactorise(left[name], right[name], decay.ranks[phase]))
-                left[name].copy_(new[0])
-                right[name].copy_(new[1])
+            helped.cross(left[name], right[name], decay, now, then)
         self.hfq_rank_decay_factors[name].copy_(decay.factors(step))
         held.fill_(step)
         self.configs[name].step = step
