@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from hfq.calibration.rows import batch_rows
 from hfq.errors import DataError
 
-__all__ = ["edges_of", "evenly", "timesteps_of"]
+__all__ = ["drawn", "edges_of", "evenly", "timesteps_of"]
 
 
 def timesteps_of(batches: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -57,3 +58,9 @@ def evenly(batches: Sequence[Mapping[str, Any]], rows: int) -> list[Mapping[str,
     """Calls spread evenly over the data, of about ``rows`` rows together; at least one."""
     count = min(len(batches), max(1, rows // max(1, batch_rows(batches[0]))))
     return [batches[i * len(batches) // count] for i in range(count)]
+
+
+def drawn(batches: Sequence[Mapping[str, Any]], rows: int, seed: int) -> list[Mapping[str, Any]]:
+    """Calls drawn at random, of about ``rows`` rows together, in the order of the data; at least one."""
+    count = min(len(batches), max(1, rows // max(1, batch_rows(batches[0]))))
+    return [batches[i] for i in sorted(random.Random(seed).sample(range(len(batches)), count))]

@@ -21,7 +21,6 @@ from hfq.layers import substitute
 from hfq.layers.one_weight import OneWeight
 from hfq.rounding import updated
 from hfq.rounding.learned_step import weight_codes
-from hfq.training.rates import by_scale
 
 __all__ = ["QALoraConfig", "QALoraLayer", "QALoraModel", "learning_groups"]
 
@@ -164,5 +163,7 @@ def learning_groups(
     if not found:
         raise ConfigError("no HFQ_QALORA adapter of this model takes gradients: add one, or load it with "
                           "is_trainable=True")
+    from hfq.training.rates import by_scale  # loading a packed model imports this file, and needs no training
+
     groups = by_scale(found, factor, weight_decay)
     return [*groups, *([{"params": scales, "lr": scale_lr, "weight_decay": 0.0, "layer": "scales"}] if scales else [])]
