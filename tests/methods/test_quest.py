@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import nn
 
 import hfq
 from hfq.calibration import level_grids
+from hfq.errors import ConfigError, DataError
 from hfq.formats import affine
 from hfq.layers import attention, swap, times
 from hfq.layers.banks import InputBanks
@@ -239,3 +243,147 @@ def test_the_ends_have_inputs_of_eight_bits(done: tuple[Any, Any]) -> None:
     narrow, _ = quantized(model_of(), time_steps=0, critical_steps=0, activation_bits=8)
     assert all(layer.activation.bits == 8 for layer in swap.packed_modules(narrow).values())
 
+
+
+@pytest.mark.must_hold("quest", 6)
+@pytest.mark.must_hold("quest", 7)
+def test_both_stages_beat_the_start_and_scales_alone(net: Any) -> None:
+    """At four bits of weights and activations; and outputs of layers do no harm at timesteps that were not seen."""
+    data, held = calls_of(net, rows=8), calls_of(net, (37, 17), rows=8, seed=9)
+    options = {"rounding_steps": 0, "batch_size": 8, "time_steps": 3, "critical_steps": 8, "lr": 2e-3,
+               "lr_scales": 1e-3, "lr_time_scales": 1e-3}  # fmt: skip
+    errors, curves = {}, {}
+    for name, fields in {"both": {}, "scales": {"tune_weights": False}, "whole": {"local_loss": False}}.items():
+        model, report = quantized(net, data, **options, **fields)
+        errors[name] = float((run(model, held) - run(net, held)).square().mean())
+        curves[name] = report.curves["prediction"]
+    assert curves["both"][-1] < curves["both"][0] and curves["both"][-1] < curves["scales"][-1]
+    assert errors["both"] < 1.02 * errors["whole"]
+
+
+@pytest.mark.must_hold("quest", 9)
+def test_a_range_a_channel(net: Any, monkeypatch: Any) -> None:
+    """On the axis that the product sums over; what is packed multiplies whole numbers and gives what was trained."""
+    calls, seen = calls_of(net), {}
+
+    def look(watch: Watch) -> None:
+        linear, conv = "mid_block.attentions.0.to_q", "mid_block.resnets.0.conv1"
+        for name, shape in ((linear, (8,)), (conv, (1, 8, 1, 1))):
+            scale, zero = watch.inputs.given(name)
+            assert scale.shape == zero.shape == shape and len(scale.unique()) > 4
+        with torch.no_grad(), watch.student.running():
+            seen["student"] = torch.cat([watch.student(call) for call in calls])
+
+    Watch(monkeypatch, after=look)
+    packed, _ = quantized(net, calls)
+    torch.testing.assert_close(run(packed, calls), seen["student"], rtol=0, atol=2e-3)
+    assert (run(packed, calls) - seen["student"]).abs().mean() < 1e-5
+    with hfq.kernels.use(grouped="reference", attention_groups="reference"):
+        torch.testing.assert_close(run(packed, calls), seen["student"], rtol=0, atol=2e-3)
+
+
+CHILD = """
+import sys, torch
+from diffusers import UNet2DModel
+folder = sys.argv[1]
+model, kept = UNet2DModel.from_pretrained(folder), torch.load(folder + "/kept.pt")
+with torch.no_grad():
+    found = torch.cat([model(**call).sample for call in kept["calls"]])
+assert torch.equal(found, kept["output"]), float((found - kept["output"]).abs().max())
+state = model.state_dict()
+assert all(torch.equal(state[name], t) and state[name].dtype == t.dtype for name, t in kept["state"].items())
+"""
+
+
+def test_a_new_process_draws_the_same(done: tuple[Any, Any], tmp_path: Any) -> None:
+    model, report = done
+    calls = [*calls_of(model), *calls_of(model, (999, 35, 1))]
+    model.save_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save({"calls": calls, "output": run(model, calls), "state": state}, tmp_path / "kept.pt")
+    child = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-2000:]
+    manifest = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["manifest"]
+    assert manifest["noise_levels"] == {"levels": [47.0, 27.0, 7.0], "rule": "above"}
+    assert len(report.attached) == len(attention.parts(model)) == 4
+    assert report.bits_per_weight() > 4 and all(row.bits > 4 for row in report.packed)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(net: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    """Killed in the second stage: neither rounding nor the first stage is done again."""
+    calls = calls_of(net)[:2]
+    fields = {"time_steps": 1, "critical_steps": 2}
+    whole, _ = quantized(net, calls, **fields)
+    from hfq.training import denoise
+    from hfq.training.progress import Saved
+
+    monkeypatch.setattr(Saved, "EVERY", 1)
+    add, steps = denoise.Denoising.add, []
+
+    def stopping(own: Any, batch: Any) -> Any:
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        steps.append(batch)
+        return add(own, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(denoise.Denoising, "add", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(net, calls, work_dir=tmp_path, **fields)
+        patch.setattr(denoise.Denoising, "add", lambda own, batch: (steps.append(batch), add(own, batch))[1])
+        again, report = quantized(net, calls, work_dir=tmp_path, **fields)
+    assert len(steps) == 4 + 2 and (len(report.curves["time"]), len(report.curves["critical"])) == (2, 4)
+    one, other = whole.state_dict(), again.state_dict()
+    assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ranges_a_tensor_follow_the_timestep_too(net: Any) -> None:
+    """Eight bits, with the halves of shortcuts on grids of their own: integer products of static layers."""
+    calls = calls_of(net)
+    model, report = quantized(net, calls, activation_bits=8, timewise=True, split_shortcut=True)
+    cut = [layer for layer in swap.packed_modules(model).values() if getattr(layer, "cut", None)]
+    assert len(cut) >= 2 and all(layer.levels is times.of(model) for layer in swap.packed_modules(model).values())
+    assert all(len(layer._parameters["second_input_scale"]) == 3 for layer in cut)
+    assert all(row.extra["levels"] == 3 for row in report.packed)
+    assert (run(model, calls) - run(net, calls)).abs().mean() < 0.5 * run(net, calls).abs().mean()
+
+
+def test_many_channels_share_ranges(net: Any) -> None:
+    model, _ = quantized(net, channel_groups=3, time_steps=0, critical_steps=0, attention=False)
+    banks = [layer.banks for layer in swap.packed_modules(model).values() if layer.banks is not None]
+    assert banks and all(bank.spec.groups <= 3 for bank in banks) and not attention.parts(model)
+    assert any(bank.spec.groups == 3 for bank in banks)
+
+
+def test_layers_are_found_by_their_names() -> None:
+    unet = [f"down_blocks.0.{name}" for name in ("resnets.0.time_emb_proj", "resnets.0.conv1")]
+    attend = [f"mid_block.attentions.0.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    text = [f"mid_block.attentions.0.transformer_blocks.0.{name}" for name in
+            ("attn1.to_q", "attn2.to_k", "ff.net.0.proj", "ff.net.2")]  # fmt: skip
+    dit = [f"transformer_blocks.0.{name}" for name in
+           ("norm1.linear", "norm1.emb.timestep_embedder.linear_1", "attn1.to_q", "attn2.to_q", "attn1.to_v",
+            "ff.net.0.proj", "ff.net.2")]  # fmt: skip
+    config = hfq.QuESTConfig()
+    assert config.tuned([*unet, *attend]) == (unet[:1], attend[:3])
+    assert config.tuned([*unet, *text]) == (unet[:1], text[2:])
+    assert config.tuned(dit) == (dit[:2], [dit[2], dit[4], dit[6]])
+    both = hfq.QuESTConfig(time_embedding=True).tuned(["time_embedding.linear_1", *unet, *attend])
+    assert both[0] == ["time_embedding.linear_1", unet[0]]
+    own = hfq.QuESTConfig(critical_layers=["*.to_out.0", "time_emb_proj"]).tuned([*unet, *attend])
+    assert own == (unet[:1], attend[3:])
+
+
+@pytest.mark.parametrize(("fields", "text"), [
+    ({"group_size": 32}, "group_size=32"), ({"split_shortcut": True}, "channels='never'"),
+    ({"start": "zero"}, "start"), ({"channels": "some"}, "channels"), ({"time_layers": ["nothing"]}, "nothing"),
+    ({"critical_layers": ["to_p"]}, "to_p"), ({"modules_to_not_convert": ["time_emb_proj"]}, "time_layers"),
+])  # fmt: skip
+def test_bad_options(net: Any, fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        quantized(net, **fields)
+
+
+def test_bad_data(net: Any) -> None:
+    calls = [{"sample": call["sample"]} for call in calls_of(net)]
+    with pytest.raises((DataError, TypeError), match="timestep"):
+        quantized(net, calls)
