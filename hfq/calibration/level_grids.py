@@ -166,8 +166,7 @@ class _Builder:
     def _causal(self, name: str) -> bool:
         causal = products.causal(self.model.get_submodule(name))
         if causal and self.report is not None:
-            self.report.note("attention that is causal keeps its products in floats: stored ranges are for attention "
-                             "without a cache")
+            self.report.note(products.NOT_CAUSAL)
         return causal
 
     def _input(self, site: Any, rows: torch.Tensor, found: Sequence[Grid]) -> Grid:
