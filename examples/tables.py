@@ -3,6 +3,7 @@
     hfq bench methods demo --table weights,rsq,rescaled,layerwise --output examples/llm/methods.json
     hfq bench methods vit --table widths --output examples/vit/methods.json
     hfq bench methods text --table widths --output examples/diffusion/methods.json
+    hfq bench methods wan --output examples/video/methods.json
     python examples/tables.py
 
 The rows come from ``hfq bench methods``, which keeps what a file holds already, so that a table may be measured in
@@ -22,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from hfq.errors import ConfigError
-from hfq.integrations import bench_diffusion, bench_methods, bench_vision
+from hfq.integrations import bench_diffusion, bench_methods, bench_video, bench_vision
 from hfq.integrations.bench_tables import Case
 from hfq.integrations.cli import table
 from hfq.integrations.results import markdown
@@ -133,7 +134,13 @@ DIFFUSION = Family(
     source="small pipelines trained by `examples/diffusion/train.py` on redrawn handwritten digits",
     protocol=bench_diffusion.PROTOCOL, render=markdown, commands=_commands_of(bench_diffusion, "diffusion"),
 )
-FAMILIES = (LANGUAGE, VISION, DIFFUSION)
+VIDEO = Family(
+    EXAMPLES / "video", "measured video", _tables_of(bench_video), titles=bench_video.TITLES,
+    cards=bench_video.CARDS, readme=["training"],
+    source="a small Wan pipeline trained by `examples/video/train.py` on clips of moving handwritten digits",
+    protocol=bench_video.PROTOCOL, render=bench_video.pivot, commands=_commands_of(bench_video, "video"),
+)
+FAMILIES = (LANGUAGE, VISION, DIFFUSION, VIDEO)
 
 
 def section(family: Family, tables: Iterable[str], method: str | None = None) -> str:

@@ -232,7 +232,7 @@ def _saved_bytes(component: Any) -> int:
 
 
 def _strip(folder: Path, name: str) -> Path:
-    return folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png"
+    return folder / f"{demo_models.file_name(name)}.png"
 
 
 def run(rows: Iterable[Case], data: str, count: int | None, output: Path, *,

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,9 @@ from tqdm.auto import tqdm
 from hfq.errors import DataError, HfqError
 from hfq.integrations.inputs import cache_folder, locked
 
-__all__ = ["RECORD", "arguments", "digest", "fit", "folder_of", "made_once", "optimizers", "script", "trained_by"]
+__all__ = [
+    "RECORD", "arguments", "digest", "file_name", "fit", "folder_of", "made_once", "optimizers", "script", "trained_by",
+]  # fmt: skip
 
 RECORD = "training.json"  # written last: a folder that has it is complete
 # Matrices that are looked up, added, or give the output: orthogonal steps do not fit them.
@@ -30,6 +33,11 @@ _NOT_ORTHOGONAL = ("classifier", "embed", "position", "proj_out", "conv_out")
 def digest(*parts: Any) -> str:
     """Eight hexadecimal digits that change with any of the JSON values ``parts``."""
     return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def file_name(title: str) -> str:
+    """``title`` in small letters and digits, words joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def folder_of(kind: str, name: str, recipes: Mapping[str, Any]) -> Path:

@@ -1,4 +1,5 @@
-"""Pictures beside a model card: accuracy against bits, bits of each layer, histograms (extra ``plots``)."""
+"""Pictures beside cards and tables: accuracy against bits, bits of each layer, histograms, curves of trainings (extra
+``plots``)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from hfq.errors import ConfigError
 from hfq.report import Report
 
-__all__ = ["FOLDER", "accuracy_against_bits", "bits_per_layer", "collect", "histograms", "strips", "write"]
+__all__ = ["FOLDER", "accuracy_against_bits", "bits_per_layer", "collect", "curves", "histograms", "strips", "write"]
 
 FOLDER = "plots"
 
@@ -99,6 +100,32 @@ def histograms(layers: Mapping[str, tuple[Tensor, Tensor]], path: Path) -> Path:
             axes.hist(values.detach().float().flatten().cpu().numpy(), bins=101, log=True)
             axes.set_title(f"{name}: {what}", fontsize=7)
             axes.tick_params(labelsize=6)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def curves(lines: Mapping[str, Mapping[str, Sequence[float]]], path: Path, title: str = "", average: int = 10) -> Path:
+    """What is measured at every step of several trainings: a panel a quantity, a line a training.
+
+    Args:
+        lines: quantity to name to one number a step, above zero.
+        average: steps whose geometric mean is drawn, so that single mini-batches do not hide the course.
+    """
+    if not lines:
+        raise ConfigError("there are no curves: nothing to plot")
+    _need()
+    import numpy
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(lines), 4.0), layout="constrained")
+    for axes, (quantity, found) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
+        for name, values in found.items():
+            width = min(average, len(values))
+            smooth = numpy.exp(numpy.convolve(numpy.log(values), numpy.ones(width) / width, "valid"))
+            axes.plot(numpy.arange(len(smooth)) + width // 2, smooth, label=name, linewidth=1.2)
+        axes.set(xlabel="step", ylabel=quantity, yscale="log", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
     return path
 

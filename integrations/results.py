@@ -38,6 +38,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "inception_fid": ("FID (Inception)", lambda v: f"{v:.2f}"),
     "kid": ("KID", lambda v: f"{v:.4f}"),
     "digits": ("digits as asked", lambda v: f"{100 * v:.1f} %"),
+    "motion": ("motion as asked", lambda v: f"{100 * v:.1f} %"),
     "psnr": ("PSNR to float", lambda v: f"{v:.1f} dB"),
     "feature_distance": ("distance to float", lambda v: f"{v:.3f}"),
     "kl": ("KL to float", lambda v: f"{v:.4f}"),

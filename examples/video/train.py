@@ -33,6 +33,7 @@ from hfq.integrations.inputs_diffusion import Recipe
 
 TARGET = 0.90  # of drawn clips that show the digit that was asked for, and of those that move where they should
 DRAWN = 200  # clips that are judged
+HELD_OUT = 100  # clips that the autoencoder is measured on
 POOL = 3072  # clips whose latents are trained on
 UNASKED = 0.1  # share of clips that are trained without their prompt
 SHIFT = 3.0  # of the noise schedule, as Wan's
@@ -73,7 +74,7 @@ def train(name: str, folder: Path, steps: int | None = None) -> None:
 def quality(name: str, made: Any, folder: Path) -> dict[str, float]:
     """"psnr" of the autoencoder; shares of drawn clips that show the digit, and move in the direction, asked for."""
     if name == "vae":
-        video = inputs.clips(100, torch.Generator().manual_seed(1), split="test")[0]
+        video = inputs.clips(HELD_OUT, torch.Generator().manual_seed(1), split="test")[0]
         with torch.no_grad():
             again = made(video.expand(-1, 3, -1, -1, -1)).sample.mean(1, keepdim=True)
         return {"psnr": round(float(-10 * ((again - video) / 2).square().mean().log10()), 2)}

@@ -118,9 +118,14 @@ def methods(
     [dim]hfq bench methods vit --table widths --output out/vision.json[/]
 
     [dim]hfq bench methods text --table widths --output out/diffusion.json[/]
-    """
-    from hfq.integrations import bench_methods, environment, measure, measure_diffusion, measure_vision
 
+    [dim]hfq bench methods wan --output out/video.json[/]
+    """
+    from hfq.integrations import bench_methods, bench_video, environment, measure, measure_diffusion, measure_vision
+
+    if any(model in models for models in bench_video.MODELS.values()):
+        _video_methods(model, tables or "training", data, images, output)
+        return
     if measure_diffusion.is_pipeline(model):
         _drawn_methods(model, tables or "widths", data, images, output)
         return
@@ -150,6 +155,16 @@ def _image_methods(model: str, tables: str, data: str, images: int, output: Path
     rows = bench_vision.run(cases, data, images or None, output, progress=environment.progress)
     screen.results_table(rows, title=f"{model}; {_where()}")
     screen.say(f"rows in {output}")
+
+
+def _video_methods(model: str, tables: str, data: str, images: int, output: Path) -> None:
+    """Prepared tables of the pipeline that draws clips: ``--table`` training."""
+    from hfq.integrations import bench_video, environment
+
+    cases = bench_video.cases(model, [name.strip() for name in tables.split(",")])
+    rows = bench_video.run(cases, data, images or None, output, progress=environment.progress)
+    screen.results_table(rows, title=f"{model}; {_where()}")
+    screen.say(f"rows in {output}, pictures beside it")
 
 
 def _drawn_methods(model: str, tables: str, data: str, images: int, output: Path) -> None:
