@@ -4,7 +4,7 @@
     hfq bench methods vit --table widths --output examples/vit/methods.json
     hfq bench methods text --table widths --output examples/diffusion/methods.json
     hfq bench methods wan --output examples/video/methods.json
-    python examples/tables.py
+    python examples/tables.py           # --plots draws the pictures of RESULTS.md too
 
 The rows come from ``hfq bench methods``, which keeps what a file holds already, so that a table may be measured in
 several sittings. Only what stands between two markers, for language models ``<!-- measured: begin -->`` and
@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from hfq.errors import ConfigError
-from hfq.integrations import bench_diffusion, bench_methods, bench_video, bench_vision
+from hfq.integrations import bench_diffusion, bench_methods, bench_video, bench_vision, plots
 from hfq.integrations.bench_tables import Case
 from hfq.integrations.cli import table
 from hfq.integrations.results import markdown
@@ -198,10 +198,24 @@ def documents() -> dict[Path, str]:
     return found
 
 
+def plot() -> list[Path]:
+    """Accuracy over stored bits, a picture for each image model whose widths were measured."""
+    rows, made = VISION.rows(), []
+    for model in bench_vision.MODELS["widths"]:
+        found = [rows[case.name] for case in bench_vision.TABLES["widths"](model) if case.name in rows]
+        shown = [{**row, "name": row["name"].removeprefix(f"{model}: ")} for row in found]
+        if shown:
+            made.append(plots.accuracy_against_bits(shown, VISION.folder / f"widths-{model}.png", model))
+    return made
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file differs")
+    parser.add_argument("--plots", action="store_true", help="draw the pictures (extra plots)")
     options = parser.parse_args()
+    if options.plots:
+        plot()
     stale = {path: text for path, text in documents().items() if path.read_text() != text}
     for path, text in stale.items():
         if options.check:
