@@ -167,6 +167,31 @@ def section(family: Family, tables: Iterable[str], method: str | None = None) ->
     return "\n".join(parts)
 
 
+def adapters() -> str:
+    """What ``examples/adapters/language.py`` measured, in Markdown."""
+    file = EXAMPLES / "adapters" / "results.json"
+    if not file.exists():
+        return "Not measured yet."
+    found = json.loads(file.read_text())
+    names = {
+        "float": "float model", "packed": f"{found['bits']} bits, groups of {found['group_size']}",
+        "packed with the adapter": "with LoRA", "float with the adapter": "float model, the same adapter file",
+        "packed with groups": "with LoRA in groups (QA-LoRA)",
+    }  # fmt: skip
+    parts = ["| model | perplexity |", "|---|---|"]
+    parts += [f"| {title} | {found[name]:.2f} |" for name, title in names.items()]
+    one, other = (found[f"training {kind}"]["peak_bytes"] / 1e6 for kind in ("short", "float"))
+    said = (
+        f"SmolLM2-135M-Instruct, {found['data']}, {found['windows']} windows of 512 tokens; {found['steps']} steps of "
+        f"one window of {found['length']} tokens, rank {found['rank']}, learning rate {found['lr']:g}, gradient "
+        f"checkpointing. {found['training short']['steps']} steps took {one:.0f} MB of memory, on the float model "
+        f"{other:.0f} MB ({found['memory ratio']:.2f}). The adapter in groups merges exactly: logits change by at "
+        f"most {found['merged difference']:.1e} of the largest logit, in float32 products. "
+        f"Machine: {found['machine']}."
+    )
+    return "\n".join([*parts, "", said, "", "```bash", "python examples/adapters/language.py", "```"])
+
+
 def replaced(path: Path, marker: str, text: str, content: str) -> str:
     """``text`` of ``path`` with ``content`` between the markers.
 
@@ -185,6 +210,7 @@ def documents() -> dict[Path, str]:
     """Every document that holds measured rows, as it should be."""
     readme, found = ROOT / "README.md", {}
     found[readme] = replaced(readme, "methods", readme.read_text(), table.markdown())
+    found[readme] = replaced(readme, "measured adapters", found[readme], adapters())
     for family in FAMILIES:
         found[readme] = replaced(readme, family.marker, found[readme], section(family, family.readme))
         results = family.folder / "RESULTS.md"

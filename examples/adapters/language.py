@@ -4,19 +4,22 @@
     python examples/adapters/language.py --data es --steps 200
     python examples/adapters/language.py --model <Hub id> --data <Hub id or file> --output out/mine
 
-In order: the float model is packed; a LoRA adapter is trained on it by transformers' ``Trainer``; the same steps run on
-the float model for comparison of memory; the adapter file is loaded on the packed and on the float model; an adapter in
-groups (QA-LoRA) is trained and merged, and the merged model's logits are compared with the unmerged ones. Every
-training runs in a process of its own, so that its memory is its own. The figures land in ``<output>/results.json``.
+In order: the float model is packed; a LoRA adapter is trained on it by transformers' ``Trainer``, and an adapter in
+groups (QA-LoRA); a few steps run on the packed and on the float model for comparison of memory; the adapter file is
+loaded on both; the adapter in groups is merged, and the logits are compared with those before. Every training runs in a
+process of its own, so that its memory is its own. The figures land in ``<output>/results.json``; what it holds of the
+same settings is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ from hfq.integrations import inputs, measure
 from hfq.integrations.cli import screen
 from hfq.integrations.results import machine
 
-# Steps after which the float model's memory does not rise any more.
+# Steps over which memory is compared.
 MEMORY_STEPS = 6
 TRAINING = "training.safetensors"
 
@@ -64,52 +67,68 @@ def main() -> int:
 
 
 # What is trained: on the packed model or not, in groups or not, all steps or those that memory needs.
-KINDS = {"packed": (True, False, True), "float": (False, False, False), "grouped": (True, True, True)}
+KINDS = {"packed": (True, False, True), "grouped": (True, True, True), "short": (True, False, False),
+         "float": (False, False, False)}  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Pack, train in three processes, measure."""
-    from peft import PeftModel
-
+    """Pack, train in processes of their own, measure; what ``results.json`` holds of the same settings stays."""
     options.output.mkdir(parents=True, exist_ok=True)
-    source = measure.resolve(options.model)
+    source, file = measure.resolve(options.model), options.output / "results.json"
     tokenizer, text = measure.load_tokenizer(source), open_text(options.data)
     windows = text.windows(tokenizer, options.windows, 512)
     # Here, not where the memory of a training is measured: the tokens of a whole text take more than the adapter.
     tokens = tokenizer(text.train, add_special_tokens=False, verbose=False)["input_ids"]
     drawn = inputs.windows(tokens, options.length, options.steps, seed=0)
     save_file({"input_ids": torch.tensor(drawn)}, options.output / TRAINING)
-    found: dict[str, Any] = {"model": options.model, "data": text.title, "windows": len(windows), "machine": machine()}
-    found |= {name: getattr(options, name) for name in ("bits", "group_size", "rank", "steps", "length", "lr")}
+    settings: dict[str, Any] = {"model": options.model, "data": text.title, "windows": len(windows)}
+    settings |= {name: getattr(options, name) for name in ("bits", "group_size", "rank", "steps", "length", "lr")}
+    known = json.loads(file.read_text()) if file.exists() else {}
+    found = known if known.items() >= settings.items() else settings
+    found["machine"] = machine()
 
-    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    found["float"] = perplexity(base, windows)
-    packed = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=hfq.RTNConfig(
-        bits=options.bits, group_size=options.group_size, symmetric=False)).eval()
-    packed.save_pretrained(options.output / "base")
-    found["packed"] = perplexity(packed, windows)
-    del packed
+    def once(name: str, work: Callable[[], Any]) -> None:
+        if name not in found:
+            screen.say(name)
+            found[name] = work()
+            file.write_text(json.dumps(found, indent=1) + "\n")
+
+    config = hfq.RTNConfig(bits=options.bits, group_size=options.group_size, symmetric=False)
+    if not (options.output / "base").exists():
+        load(source, quantization_config=config).save_pretrained(options.output / "base")
+    once("float", lambda: perplexity(load(source), windows))
+    once("packed", lambda: perplexity(load(options.output / "base"), windows))
     for kind in KINDS:
-        screen.say(f"training: {kind}")
-        found[f"training {kind}"] = in_its_own_process(kind)
-
-    base = PeftModel.from_pretrained(base, options.output / "packed").eval()
-    found["float with the adapter"] = perplexity(base, windows)
-    del base
-    tuned = PeftModel.from_pretrained(load_base(options), options.output / "packed").eval()
-    found["packed with the adapter"] = perplexity(tuned, windows)
-    grouped = PeftModel.from_pretrained(load_base(options), options.output / "grouped").eval()
-    found["packed with groups"] = perplexity(grouped, windows)
-    # Fast products on a CPU may round to 16 bits, each time otherwise: what merging changes shows in float32 ones.
-    with kernels.use(wna16="reference"):
-        before = logits_of(grouped, torch.tensor(windows[:1]))
-        merged = grouped.merge_and_unload()
-        difference = (logits_of(merged, torch.tensor(windows[:1])) - before).abs().max()
-    found["merged difference"] = float(difference / before.abs().max())
-    found["memory ratio"] = found["training packed"]["peak_bytes"] / found["training float"]["peak_bytes"]
-    (options.output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+        once(f"training {kind}", lambda kind=kind: in_its_own_process(kind))
+    packed, base = options.output / "packed", options.output / "base"
+    once("packed with the adapter", lambda: perplexity(load(base, packed), windows))
+    once("float with the adapter", lambda: perplexity(load(source, packed), windows))
+    once("packed with groups", lambda: perplexity(load(base, options.output / "grouped"), windows))
+    once("merged difference", lambda: merged_difference(options, torch.tensor(windows[:1])))
+    found["memory ratio"] = found["training short"]["peak_bytes"] / found["training float"]["peak_bytes"]
+    file.write_text(json.dumps(found, indent=1) + "\n")
     screen.say(summary(found))
     return found
+
+
+def load(source: Any, adapter: Path | None = None, **options: Any) -> Any:
+    """A model in float32, with an adapter if one is named."""
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
+
+
+def merged_difference(options: argparse.Namespace, ids: torch.Tensor) -> float:
+    """Largest change of a logit when the adapter in groups is merged, of the largest logit.
+
+    Fast products on a CPU may round to 16 bits, each time otherwise: what merging changes shows in float32 ones.
+    """
+    model = load(options.output / "base", options.output / "grouped")
+    with kernels.use(wna16="reference"):
+        before = logits_of(model, ids)
+        difference = (logits_of(model.merge_and_unload(), ids) - before).abs().max()
+    return float(difference / before.abs().max())
 
 
 def summary(found: dict[str, Any]) -> str:
@@ -126,7 +145,11 @@ def summary(found: dict[str, Any]) -> str:
 def in_its_own_process(kind: str) -> dict[str, Any]:
     """This script again, with the same options; what it measured is the last line it writes."""
     command = [sys.executable, __file__, *sys.argv[1:], "--train", kind]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    environment = dict(os.environ)
+    if not KINDS[kind][2]:
+        # Where memory is compared, what is freed goes back at once: else glibc keeps more or less of it, by chance.
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -138,9 +161,9 @@ def train(options: argparse.Namespace, kind: str) -> None:
     start = resident()
     torch.manual_seed(0)
     if on_packed:
-        model = hfq.prepare_for_training(load_base(options))
+        model = hfq.prepare_for_training(load(options.output / "base"))
     else:
-        model = AutoModelForCausalLM.from_pretrained(measure.resolve(options.model), dtype=torch.float32)
+        model = load(measure.resolve(options.model))
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     groups = {"use_qalora": True, "qalora_group_size": options.group_size} if in_groups else {}
     model = get_peft_model(model, LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules="all-linear",
@@ -161,10 +184,6 @@ def train(options: argparse.Namespace, kind: str) -> None:
         "steps": steps, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1),
         "peak_bytes": resident("VmHWM") - start, "adapter_bytes": disk_bytes(options.output / kind), "losses": losses,
     }))
-
-
-def load_base(options: argparse.Namespace) -> Any:
-    return AutoModelForCausalLM.from_pretrained(options.output / "base", dtype=torch.float32)
 
 
 def open_text(data: str) -> measure.Text:

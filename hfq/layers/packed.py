@@ -23,6 +23,7 @@ from hfq.layers.deferred import Deferred
 from hfq.layers.inputs import QuantizedInput, input_shapes, input_size
 from hfq.layers.online import OnlinePart
 from hfq.layers.slot import Slot, columns_of
+from hfq.memory import page_out
 
 __all__ = ["Memory", "PackedModule", "check_slot"]
 
@@ -231,6 +232,7 @@ class PackedModule(QuantizedInput, nn.Module):
             tensors = [t for runtime in runtimes for t in runtime.tensors.values()]
             if not any(t.untyped_storage().data_ptr() == start for t in tensors):
                 self._parameters[name] = _canonical(runtimes, parameter, slot)  # type: ignore[assignment]
+                page_out(parameter)
             self._runtimes[key], self._held[key] = runtimes, self._parameters[name]  # type: ignore[assignment]
         self._memory = memory
         return True
