@@ -48,6 +48,9 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
 # Steps that small pipelines need; published are 20 000 and 5 000 a unit.
 LEARN = {"steps": 400, "activation_steps": 200, "batch_size": 16, "lr": 1e-2}
 LEARN_ONE = {"steps": 400, "batch_size": 16, "lr": 1e-2}
+# Training through the whole model; published are 2,200 updates at smaller rates.
+TUNE = {"rounding_steps": 400, "rounding_batch_size": 16, "rounding_lr": 1e-2, "batch_size": 16, "time_steps": 4,
+        "critical_steps": 30, "lr": 3e-4, "lr_scales": 2e-3, "lr_time_scales": 3e-4, "local_loss": False}  # fmt: skip
 # Label to method and options; rows of methods that this version of hfq does not have are left out.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "Q-Diffusion": ("q_diffusion", LEARN),
@@ -137,15 +140,26 @@ def first_token(model: str) -> list[Case]:
     return [_float(model), *_rows(model, chosen, ((8, 8),))]
 
 
+def trained(model: str) -> list[Case]:
+    """Four bits of weights and of inputs: layers learned one by one, and through the whole model."""
+    chosen: dict[str, tuple[str, dict[str, Any]]] = {
+        "Q-Diffusion": ("q_diffusion", LEARN),
+        "QuEST": ("quest", TUNE),
+        "QuEST, not tuned": ("quest", {**TUNE, "time_steps": 0, "critical_steps": 0}),
+        "QuEST, steps of inputs alone": ("quest", {**TUNE, "tune_weights": False}),
+    }
+    return [_float(model), *_rows(model, {**BASELINES, **chosen}, ((4, 4),))]
+
+
 TABLES: dict[str, Callable[[str], list[Case]]] = {
     "widths": widths, "narrow": narrow, "mixed": mixed, "trajectory": trajectory,
-    "balance": balance, "first_token": first_token,
+    "balance": balance, "first_token": first_token, "trained": trained,
 }  # fmt: skip
 # The demo pipelines that a table is meant for; any other pipeline may be asked too.
 MODELS: dict[str, tuple[str, ...]] = {
     "widths": ("unet", "text", "dit", "turbo"), "narrow": ("text",), "mixed": ("turbo", "dit"),
     "trajectory": ("unet", "text"), "balance": ("dit",),
-    "first_token": ("text", "turbo"),
+    "first_token": ("text", "turbo"), "trained": ("unet",),
 }  # fmt: skip
 TITLES = {
     "widths": "One width for all layers",
@@ -154,11 +168,12 @@ TITLES = {
     "trajectory": "What is calibrated on, and how shortcuts are rounded",
     "balance": "Channels balanced by a scale and a rotation",
     "first_token": "What W8A8 of MixDQ is made of",
+    "trained": "Four bits of weights and inputs",
 }
 # Model card to its tables.
 CARDS = {
-    "q_diffusion": ("widths", "trajectory"), "mixdq": ("widths", "mixed", "first_token"),
-    "vidit_q": ("widths", "mixed", "balance"), "dgq": ("widths", "narrow"),
+    "q_diffusion": ("widths", "trajectory", "trained"), "mixdq": ("widths", "mixed", "first_token"),
+    "vidit_q": ("widths", "mixed", "balance"), "dgq": ("widths", "narrow"), "quest": ("trained",),
 }  # fmt: skip
 
 
