@@ -47,6 +47,9 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Steps that small pipelines need; published are 20 000 and 5 000 a unit.
 LEARN = {"steps": 400, "activation_steps": 200, "batch_size": 16, "lr": 1e-2}
+# Steps and rates of a distillation, and the loops that it runs on; published are 16 000 steps on 160 loops of 100.
+DISTIL = {"steps": 1200, "update_lr": 0.02, "table_lr": 5e-3, "scale_lr": 1e-5,
+          "record": {"steps": 20, "samples": 64}}  # fmt: skip
 LEARN_ONE = {"steps": 400, "batch_size": 16, "lr": 1e-2}
 # Training through the whole model; published are 2,200 updates at smaller rates.
 TUNE = {"rounding_steps": 400, "rounding_batch_size": 16, "rounding_lr": 1e-2, "batch_size": 16, "time_steps": 4,
@@ -142,11 +145,17 @@ def first_token(model: str) -> list[Case]:
 
 def trained(model: str) -> list[Case]:
     """Four bits of weights and of inputs: layers learned one by one, and through the whole model."""
+    every = {"end_bits": 4, "keep_shortcuts": False}
+    weights = {**DISTIL, "learn": "weights", "update_lr": 5e-3}
     chosen: dict[str, tuple[str, dict[str, Any]]] = {
         "Q-Diffusion": ("q_diffusion", LEARN),
         "QuEST": ("quest", TUNE),
         "QuEST, not tuned": ("quest", {**TUNE, "time_steps": 0, "critical_steps": 0}),
         "QuEST, steps of inputs alone": ("quest", {**TUNE, "tune_weights": False}),
+        "EfficientDM": ("efficientdm", DISTIL),
+        "EfficientDM, all layers": ("efficientdm", {**DISTIL, **every}),
+        "full quantization-aware training": ("efficientdm", weights),
+        "full quantization-aware training, three times as long": ("efficientdm", {**weights, "steps": 3600}),
     }
     return [_float(model), *_rows(model, {**BASELINES, **chosen}, ((4, 4),))]
 
@@ -174,6 +183,7 @@ TITLES = {
 CARDS = {
     "q_diffusion": ("widths", "trajectory", "trained"), "mixdq": ("widths", "mixed", "first_token"),
     "vidit_q": ("widths", "mixed", "balance"), "dgq": ("widths", "narrow"), "quest": ("trained",),
+    "efficientdm": ("trained",),
 }  # fmt: skip
 
 

@@ -27,7 +27,8 @@ from hfq.training.substitutes import Substitutes
 
 __all__ = ["Layers", "Start", "starts"]
 
-_ELEMENTS = 1 << 18  # of an input that a range is searched on
+_ELEMENTS = 1 << 18  # of an input that a range is searched on; those of all levels together
+_LEAST = 1 << 13  # of one level
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def starts(
     tokens = dict.fromkeys(found, 0)
     for part in parts:
         chosen = trajectories.drawn(part, rows, seed)
-        seen = static.observe_outside(model, chosen, asked, limit=_ELEMENTS, seed=seed)
+        limit = max(_LEAST, _ELEMENTS // len(parts))
+        seen = static.observe_outside(model, chosen, asked, limit=limit, seed=seed)
         for name in found:
             sample = seen.get(name, torch.empty(0, 1))  # none: an error that says so
             spec: ActivationSpec = spec_for(name)  # type: ignore[assignment]
