@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hfq.calibration import ranges, static, trajectories
+from hfq.errors import QuantizationError
 from hfq.formats import ActivationSpec, QuantSpec
 from hfq.formats.activation import Parameters
 from hfq.layers import levels as timed
@@ -51,6 +52,9 @@ def starts(
         levels: a range for each of them, on the calls that are nearest to it; default one for all.
         rows: of calls drawn at random that a range is searched on.
         observer: of :func:`hfq.calibration.ranges.fit`, with the exponent 2.4 and shrunken ranges down to a fifth.
+
+    Raises:
+        QuantizationError: a site was never reached.
     """
     asked = [site for site in sites if spec_for(site.name) is not None]
     parts: list[Sequence[Mapping[str, Any]]] = [calls]
@@ -64,10 +68,11 @@ def starts(
         limit = max(_LEAST, _ELEMENTS // len(parts))
         seen = static.observe_outside(model, chosen, asked, limit=limit, seed=seed)
         for name in found:
-            sample = seen.get(name, torch.empty(0, 1))  # none: an error that says so
+            if name not in seen:
+                raise QuantizationError(f"{name}: the data does not reach it: leave it out with modules_to_not_convert")
             spec: ActivationSpec = spec_for(name)  # type: ignore[assignment]
-            found[name].append(ranges.fit(sample, spec, observer, max_shrink=0.8, norm=2.4))
-            tokens[name] += sample.shape[0]
+            found[name].append(ranges.fit(seen[name], spec, observer, max_shrink=0.8, norm=2.4))
+            tokens[name] += seen[name].shape[0]
     return {name: Start(spec_for(name), _joined(params), tokens[name]) for name, params in found.items()}  # type: ignore[arg-type]
 
 
@@ -153,7 +158,7 @@ class Layers:
         tables = [p for p in self.inputs.parameters() if p.numel()]
         return [*found, {"params": tables, "lr": table_lr, "weight_decay": 0.0}]
 
-    def pack(self, report: Report, asked: Callable[[str], Mapping[str, Any]] | None = None) -> None:
+    def pack(self, report: Report) -> None:
         """Put packed layers into the model, which has to have the noise levels (:func:`hfq.layers.times.install`)."""
         for site in self.sites:
             name, weight, start = site.name, self.weights[site.name], self.starts.get(site.name)

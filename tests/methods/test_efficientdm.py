@@ -398,5 +398,9 @@ def test_what_makes_no_sense_is_refused() -> None:
         model = nn.Sequential(nn.Linear(4, 4))
         lowbit_config = hfq.EfficientDMConfig(**QUICK)
         hfq.quantize(model, lowbit_config, [{"input": torch.zeros(1, 4), "timestep": torch.tensor(1.0)}])
+    unused = Toy()
+    unused.other = nn.Linear(2, 2)
+    with pytest.raises(QuantizationError, match="other: the data does not reach it"):
+        hfq.quantize(unused, hfq.EfficientDMConfig(**QUICK), calls(1))
     short = hfq.quantize(unet(), hfq.EfficientDMConfig(**{**QUICK, "steps": 3}), calls())
     assert any("were not used" in note for note in short.notes)
