@@ -53,18 +53,21 @@ class FrozenRounding(nn.Module):
             raise ConfigError(f"start={start!r} (one of {STARTS}), and integer zero points, not {codes.spec}")
         self.shape, self.spec, self.nearest = weight.shape, codes.spec, start == "grid"
         self.stored = (codes.scale, codes.zero_point)
-        matrix = affine.dequantize(codes) if self.nearest else weight.detach().float().flatten(1)
-        scale = affine.expand(codes.scale.float(), matrix.shape[1], codes.spec).expand_as(matrix)
-        zero = torch.full_like(scale, float(codes.spec.middle)) if codes.zero_point is None else affine.expand(
-            codes.zero_point.float(), matrix.shape[1], codes.spec).expand_as(matrix)
+        device = weight.device
+        matrix = affine.dequantize(codes).to(device) if self.nearest else weight.detach().float().flatten(1)
+
+        def wide(parameter: torch.Tensor) -> torch.Tensor:
+            return affine.expand(parameter.to(device, torch.float32), matrix.shape[1], codes.spec).expand_as(matrix)
+
+        middle = torch.full_like(codes.scale, float(codes.spec.middle), dtype=torch.float32)
+        scale, zero = wide(codes.scale), wide(middle if codes.zero_point is None else codes.zero_point)
         self.latent = nn.Parameter(matrix.clone())
         self.register_buffer("scale", scale.contiguous(), persistent=False)
         self.register_buffer("zero", zero.contiguous(), persistent=False)
-        up = torch.zeros(0)
-        if not self.nearest:
-            up = (codes.codes.float() - zero - (matrix / scale).floor()).clamp_(0, 1)
-        self.register_buffer("up", up.to(matrix.device), persistent=False)
-        if not torch.equal(self.codes().codes, codes.codes.to(matrix.device)):
+        held = codes.codes.to(device)
+        up = torch.zeros(0, device=device) if self.nearest else held.float() - zero - (matrix / scale).floor()
+        self.register_buffer("up", up.clamp_(0, 1), persistent=False)
+        if not torch.equal(self.codes().codes, held):
             raise ConfigError("the codes are not those of this weight: some are no neighbours of it")
 
     def _codes(self) -> torch.Tensor:

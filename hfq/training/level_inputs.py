@@ -90,7 +90,8 @@ class LevelInputs:
         def rounded(side: str, x: torch.Tensor) -> torch.Tensor:
             if side not in sides:
                 return x
-            return activation.fake(x, sides[side].spec, self.given(_key(name, side)))
+            scale, zero = self.given(_key(name, side))
+            return activation.fake(x, sides[side].spec, (scale.to(x.device), zero.to(x.device)))  # type: ignore[union-attr]
 
         return rounded
 

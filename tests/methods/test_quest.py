@@ -350,6 +350,24 @@ def test_many_channels_share_ranges(net: Any) -> None:
     assert any(bank.spec.groups == 3 for bank in banks)
 
 
+@pytest.mark.parametrize("kind", ["text", "class"])
+def test_pipelines_with_guidance(kind: str, zoo: Any, tmp_path: Any) -> None:
+    """Both halves are rows like any other; what is saved draws the same picture."""
+    pipe = zoo.text_to_image(tmp_path) if kind == "text" else zoo.class_conditional()
+    name, asked = ("unet", zoo.PROMPTS[:2]) if kind == "text" else ("transformer", [0, 1])
+    calls = hfq.record_calls(pipe, name, prompts=asked, steps=2, num_inference_steps=4)
+    config = hfq.QuESTConfig(bits=4, timewise=True, **{**QUICK, "rounding_steps": 0})
+    hfq.quantize_pipeline(pipe, {name: config}, calls)
+    model = getattr(pipe, name)
+    assert calls.guidance and len(attention.parts(model)) == (8 if kind == "text" else 2)
+    assert all(layer.banks is not None or layer.levels is not None for layer in swap.packed_modules(model).values())
+    wanted = zoo.draw(pipe)
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = type(pipe).from_pretrained(tmp_path / "pipe")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(zoo.draw(again), wanted)
+
+
 def test_layers_are_found_by_their_names() -> None:
     unet = [f"down_blocks.0.{name}" for name in ("resnets.0.time_emb_proj", "resnets.0.conv1")]
     attend = [f"mid_block.attentions.0.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
