@@ -1,9 +1,8 @@
 """What all packed layers have in common: canonical tensors, their runtime form, casts, copies and saving.
 
-A layer holds one or several *slots*. A slot is a packed matrix (or a stack of matrices): the parameters
-``<prefix>qweight``, ``<prefix>scale`` and ``<prefix>zero_point``. :meth:`PackedModule.prepare` replaces the codes by
-the layout that a kernel computes from. ``state_dict``, ``named_parameters``, copies and casts see the canonical tensors
-all the same: the parameter stays in its place and makes its content when it is read.
+A layer holds one or several *slots*: packed matrices (or stacks of them), ``<prefix>qweight``, ``<prefix>scale`` and
+``<prefix>zero_point``. :meth:`PackedModule.prepare` replaces the codes by the layout that a kernel computes from.
+``state_dict``, copies and casts see the canonical tensors all the same, made when they are read.
 """
 
 from __future__ import annotations
@@ -205,8 +204,6 @@ class PackedModule(QuantizedInput, nn.Module):
         operand, dtype = self.operand(next(iter(self.slots))), dtype or self.compute_dtype
         return kernels.explain(operand, M, dtype, activation=self.activation)
 
-    # Runtime form
-
     @property
     def prepared(self) -> bool:
         return bool(self._runtimes)
@@ -231,8 +228,8 @@ class PackedModule(QuantizedInput, nn.Module):
             start = parameter.untyped_storage().data_ptr()
             tensors = [t for runtime in runtimes for t in runtime.tensors.values()]
             if not any(t.untyped_storage().data_ptr() == start for t in tensors):
-                self._parameters[name] = _canonical(runtimes, parameter, slot)  # type: ignore[assignment]
                 page_out(parameter)
+                self._parameters[name] = _canonical(runtimes, parameter, slot)  # type: ignore[assignment]
             self._runtimes[key], self._held[key] = runtimes, self._parameters[name]  # type: ignore[assignment]
         self._memory = memory
         return True
