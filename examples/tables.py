@@ -130,7 +130,7 @@ VISION = Family(
 )
 DIFFUSION = Family(
     EXAMPLES / "diffusion", "measured diffusion", _tables_of(bench_diffusion), titles=bench_diffusion.TITLES,
-    cards=bench_diffusion.CARDS, readme=["widths"],
+    cards=bench_diffusion.CARDS, readme=["widths", "trained"],
     source="small pipelines trained by `examples/diffusion/train.py` on redrawn handwritten digits",
     protocol=bench_diffusion.PROTOCOL, render=markdown, commands=_commands_of(bench_diffusion, "diffusion"),
 )
