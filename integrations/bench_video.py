@@ -37,8 +37,8 @@ PROTOCOL = (
     "share of frames that the classifier takes for the digit of the prompt; motion: share of clips that move where "
     "the prompt says; PSNR to the float model's clip of the same seed. Trained rows: the float model's calls at 10 "
     "timesteps for 16 training prompts, 180 steps of one call (8 rows), AdamW, 5e-4; loss and gradient are the means "
-    f"of the first {CURVE} steps (distance to the float prediction; norm of the gradient of the rounded weights). Cells: "
-    "FID / digits / motion / PSNR; loss, gradient, and the loss after the last step with the module and without it"
+    f"of the first {CURVE} steps (distance to the float prediction; norm of the gradient of the rounded weights). "
+    "Cells: FID / digits / motion / PSNR; loss, gradient, and the loss after the last step with and without the module"
 )
 WIDTHS = ((4, 4), (3, 3))
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
