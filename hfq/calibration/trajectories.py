@@ -64,3 +64,11 @@ def drawn(batches: Sequence[Mapping[str, Any]], rows: int, seed: int) -> list[Ma
     """Calls drawn at random, of about ``rows`` rows together, in the order of the data; at least one."""
     count = min(len(batches), max(1, rows // max(1, batch_rows(batches[0]))))
     return [batches[i] for i in sorted(random.Random(seed).sample(range(len(batches)), count))]
+
+
+def one_each(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first call at every timestep, from noise to picture."""
+    first: dict[float, int] = {}
+    for i, timestep in enumerate(timesteps_of(batches)):
+        first.setdefault(timestep, i)
+    return [batches[first[timestep]] for timestep in sorted(first, reverse=True)]

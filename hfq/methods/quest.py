@@ -15,7 +15,6 @@ from hfq.report import Report
 
 __all__ = ["QuESTConfig", "quantize"]
 
-_LOOKED = 64  # rows on which the error of the prediction is measured
 # The inputs of the first and of the last layer of a denoiser have 8 bits.
 _ENDS = ("conv_in", "conv_out", "pos_embed.proj", "proj_out", "proj_out_2")
 _TIME = ("time_emb_proj", "norm1.linear", "adaln_single.linear", "timestep_embedder")
@@ -197,4 +196,4 @@ def _tune(student: Any, weights: Any, inputs: Any, layers: Any, data: Any, confi
     run = {**options["fingerprint"], "data": data.sha256, "model": state_digest(student.model)} if folder else {}
     saved = {stage.name: Saved(Path(folder) / f"{stage.name}.safetensors", run) for stage in stages if folder}
     tune(student, stages, data, report, batch_size=config.batch_size, seed=config.seed, saved=saved,
-         progress=options["progress"], looked=trajectories.evenly(data, _LOOKED))
+         progress=options["progress"], looked=trajectories.one_each(data))

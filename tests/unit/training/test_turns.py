@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hfq.calibration import trajectories
 from hfq.errors import DataError
 from hfq.training.turns import Turns
 
@@ -53,3 +54,8 @@ def test_no_calls_and_no_timesteps() -> None:
         Turns([], 4)
     with pytest.raises(DataError, match="without a timestep"):
         Turns([{"sample": torch.zeros(2, 2)}], 4)
+
+
+def test_one_call_of_every_timestep() -> None:
+    data = calls((1, 2), (9, 1), (5, 1), (9, 3), (1, 1))
+    assert [batch is data[i] for batch, i in zip(trajectories.one_each(data), (1, 2, 0), strict=True)] == [True] * 3
