@@ -246,7 +246,7 @@ def test_unfinished_runs_are_not_lost(files, tmp_path):
     (("bench", "speed", "random:100x1"), "multiple of 256"),
     (("bench", "speed", "random:256x1", "--rows", "w9"), "are the rows"),
     (("bench", "speed", "resnet:100x1"), "multiple of 128"),
-    (("bench", "speed", "resnet:128x1", "--rows", "kv4"), "are the rows of image models"),
+    (("bench", "speed", "resnet:128x1", "--rows", "kv4"), "are the rows of such models"),
     (("eval", "{files}/float", "--data", "{files}/text.txt", "--length", "100000"), "windows of 100000 tokens"),
 ])
 def test_other_errors(files, args, match):

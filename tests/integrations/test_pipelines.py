@@ -304,7 +304,7 @@ def test_recorded_calls_that_do_not_fit(text, zoo):
     with pytest.raises(DataError, match="lack the unconditional half"):
         hfq.quantize_pipeline(text, gptq, halved)
     text.scheduler = diffusers.DDIMScheduler(num_train_timesteps=50)
-    with pytest.raises(DataError, match="has none from 50 on"):
+    with pytest.raises(DataError, match="has none above 50"):
         hfq.quantize_pipeline(text, gptq, calls)
 
 

@@ -65,7 +65,7 @@ CONVOLUTIONAL = {"cfws"}
 VISION = {"repquant", "noisyquant", "aphq_vit", "lrp_qvit", "mptq_vit", "adaquant"}
 # Made for diffusion models: their rows are in test_matrix_diffusion.py, or these checks are in a method's own file
 # (transformers only; a text with a first token).
-DIFFUSION = {"q_diffusion", "mixdq", "vidit_q", "dgq", "qvgen"}
+DIFFUSION = {"q_diffusion", "mixdq", "vidit_q", "dgq", "efficientdm", "quest", "qvgen"}
 # Leaves weights alone; every method can carry it.
 CACHES = {"kvquant"}
 COMMON = {"group_size": 32, "calibration_samples": 12, "calibration_seqlen": 16, "progress": False}
