@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from hfq.errors import DataError, HfqError
 from hfq.integrations.inputs import cache_folder, locked
 
 __all__ = [
-    "RECORD", "arguments", "digest", "file_name", "fit", "folder_of", "made_once", "optimizers", "script", "trained_by",
+    "RECORD", "arguments", "digest", "file_name", "fit", "folder_of", "made_once", "optimizers", "script", "train",
+    "trained_by",
 ]  # fmt: skip
 
 RECORD = "training.json"  # written last: a folder that has it is complete
@@ -85,6 +87,42 @@ def trained_by(script: Path, name: str, folder: Path) -> Path:
     if done.returncode or not folder.is_dir():
         raise DataError(f"training the demo model {name!r} failed: run {where} --models {name} to see why")
     return folder
+
+
+def train(
+    name: str, folder: Path, make: Callable[[int], tuple[Any, float]], quality: Callable[[Any], dict[str, Any]],
+    aims: Mapping[str, float], *, steps: int, trial: int | None = None, rejected: Path, beside: Sequence[Any] = (),
+) -> None:
+    """Train, measure and save a demo model, with :data:`RECORD` beside it.
+
+    Args:
+        make: steps to a trained model and the mean loss of its last steps.
+        quality: what is measured of the model.
+        aims: the least shares of what ``quality`` measures by that name.
+        steps: of the recipe.
+        trial: another number of steps, after which nothing is asked of the quality.
+        rejected: where a model lands that misses an aim: it took minutes, and somebody will want to look at it.
+        beside: what is saved with the model.
+
+    Raises:
+        DataError: an aim was missed.
+    """
+    count = steps if trial is None else trial
+    torch.manual_seed(0)
+    started, processor_time = time.perf_counter(), time.process_time()
+    made, loss = make(count)
+    seconds, used = time.perf_counter() - started, time.process_time() - processor_time
+    record = {"steps": count, "train_loss": round(loss, 4), "seconds": round(seconds), "cpu_seconds": round(used),
+              **quality(made)}  # fmt: skip
+    for key, aim in aims.items():
+        if trial is None and record.get(key, 1.0) < aim:
+            made.save_pretrained(rejected)
+            raise DataError(f"{name}: {key} {100 * record[key]:.1f} %, {100 * aim:.0f} % are the aim: this machine "
+                            f"trained another model than the recipe means; it is in {rejected}")
+    for part in (made, *beside):
+        part.save_pretrained(folder)
+    (folder / RECORD).write_text(json.dumps(record, indent=1))
+    sys.stderr.write(f"{name}: {json.dumps(record)}\n")
 
 
 def arguments(description: str, recipes: Iterable[str]) -> argparse.ArgumentParser:

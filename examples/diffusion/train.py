@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfq.errors import DataError
 from hfq.integrations import demo_models, measure_diffusion
 from hfq.integrations import inputs_diffusion as inputs
 
@@ -56,22 +53,11 @@ def trained(name: str, output: Path | None = None, steps: int | None = None) -> 
 def train(name: str, folder: Path, steps: int | None = None) -> None:
     """Train, measure, save. A run with fewer steps than the recipe's is a trial: what it draws is not checked."""
     recipe = inputs.RECIPES[name]
-    count = recipe.steps if steps is None else steps
-    torch.manual_seed(0)
-    started, processor_time = time.perf_counter(), time.process_time()
-    made, loss = MAKERS[name](recipe, count)
-    seconds, used = time.perf_counter() - started, time.process_time() - processor_time
-    record = {"steps": count, "train_loss": round(loss, 4), "seconds": round(seconds), "cpu_seconds": round(used),
-              **quality(name, made, folder)}
-    aim = TARGET.get(name, TARGET["pipeline"])
-    if steps is None and record.get("recognised", 1.0) < aim:
-        rejected = inputs.model_folder(name).with_suffix(".rejected")  # minutes of work: kept to be looked at
-        made.save_pretrained(rejected)
-        raise DataError(f"{name}: {100 * record['recognised']:.1f} % of the digits are recognised, {100 * aim:.0f} % "
-                        f"are the aim: this machine trained another model than the recipe means; it is in {rejected}")
-    made.save_pretrained(folder)
-    (folder / demo_models.RECORD).write_text(json.dumps(record, indent=1))
-    sys.stderr.write(f"{name}: {json.dumps(record)}\n")
+    demo_models.train(
+        name, folder, lambda count: MAKERS[name](recipe, count), lambda made: quality(name, made, folder),
+        {"recognised": TARGET.get(name, TARGET["pipeline"])}, steps=recipe.steps, trial=steps,
+        rejected=inputs.model_folder(name).with_suffix(".rejected"),
+    )  # fmt: skip
 
 
 def quality(name: str, made: Any, folder: Path) -> dict[str, float]:

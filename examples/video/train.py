@@ -15,9 +15,6 @@ The clips are scikit-learn's handwritten digits, in motion (``hfq.integrations.i
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfq.errors import DataError
 from hfq.integrations import demo_models, measure_video
 from hfq.integrations import inputs_video as inputs
 from hfq.integrations.inputs_diffusion import Recipe
@@ -53,22 +49,10 @@ def trained(name: str, output: Path | None = None, steps: int | None = None) -> 
 def train(name: str, folder: Path, steps: int | None = None) -> None:
     """Train, measure, save. A run with fewer steps than the recipe's is a trial: what it draws is not checked."""
     recipe = inputs.RECIPES[name]
-    count = recipe.steps if steps is None else steps
-    torch.manual_seed(0)
-    started, processor_time = time.perf_counter(), time.process_time()
-    made, loss = MAKERS[name](recipe, count)
-    seconds, used = time.perf_counter() - started, time.process_time() - processor_time
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"steps": count, "train_loss": round(loss, 4), "seconds": round(seconds), "cpu_seconds": round(used),
-              **quality(name, made, folder)}
-    if steps is None and any(record.get(key, 1.0) < aim for key, aim in TARGET.items()):
-        rejected = inputs.model_folder(name).with_suffix(".rejected")  # minutes of work: kept to be looked at
-        made.save_pretrained(rejected)
-        raise DataError(f"{name}: {record}; {TARGET} is the aim: this machine trained another model than the recipe "
-                        f"means; it is in {rejected}")
-    made.save_pretrained(folder)
-    (folder / demo_models.RECORD).write_text(json.dumps(record, indent=1))
-    sys.stderr.write(f"{name}: {json.dumps(record)}\n")
+    demo_models.train(
+        name, folder, lambda count: MAKERS[name](recipe, count), lambda made: quality(name, made, folder), TARGET,
+        steps=recipe.steps, trial=steps, rejected=inputs.model_folder(name).with_suffix(".rejected"),
+    )  # fmt: skip
 
 
 def quality(name: str, made: Any, folder: Path) -> dict[str, float]:
@@ -80,6 +64,7 @@ def quality(name: str, made: Any, folder: Path) -> dict[str, float]:
         return {"psnr": round(float(-10 * ((again - video) / 2).square().mean().log10()), 2)}
     asked = inputs.demo_prompts("test", DRAWN)
     video = measure_video.draw(made, asked, **inputs.RECIPES[name].sampling)
+    folder.mkdir(parents=True, exist_ok=True)
     measure_video.strip(video[:10], asked[:10], folder / "strip.png")
     return measure_video.numbers(video, asked)
 

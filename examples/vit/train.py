@@ -20,9 +20,6 @@ With a network, ``--evaluate`` measures any image classifier of the Hub on a fol
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +56,20 @@ def build(recipe: inputs.Recipe) -> Any:
 
 def train(name: str, folder: Path, steps: int | None = None) -> None:
     """Train, measure, save. A run with fewer steps than the recipe's is a trial: its accuracy is not checked."""
-    recipe = inputs.RECIPES[name]
-    count = recipe.steps if steps is None else steps
-    torch.manual_seed(0)
-    started, processor_time = time.perf_counter(), time.process_time()
-    model = build(recipe)
-    loss = fit(model, recipe, count)
-    prepare = inputs.processor()
-    seconds, used = time.perf_counter() - started, time.process_time() - processor_time
-    record = {"steps": count, "train_loss": round(loss, 4), "seconds": round(seconds), "cpu_seconds": round(used),
-              **accuracy(model, prepare), "parameters": model.num_parameters()}
-    if steps is None and record["digits"] < TARGET:
-        raise DataError(f"{name} knows {100 * record['digits']:.1f} % of the held-out digits, {100 * TARGET:.0f} % are "
-                        "the aim: this machine trained another model than the recipe means")
-    if recipe.architecture == "RepVGGForImageClassification":
-        check_merged(model)
-    model.save_pretrained(folder)
-    prepare.save_pretrained(folder)
-    (folder / demo_models.RECORD).write_text(json.dumps(record, indent=1))
-    sys.stderr.write(f"{name}: {json.dumps(record)}\n")
+    recipe, prepare = inputs.RECIPES[name], inputs.processor()
+
+    def make(count: int) -> tuple[Any, float]:
+        model = build(recipe)
+        return model, fit(model, recipe, count)
+
+    def quality(model: Any) -> dict[str, Any]:
+        found = {**accuracy(model, prepare), "parameters": model.num_parameters()}
+        if recipe.architecture == "RepVGGForImageClassification":
+            check_merged(model)
+        return found
+
+    demo_models.train(name, folder, make, quality, {"digits": TARGET}, steps=recipe.steps, trial=steps,
+                      rejected=inputs.model_folder(name).with_suffix(".rejected"), beside=[prepare])
 
 
 def fit(model: Any, recipe: inputs.Recipe, steps: int) -> float:
